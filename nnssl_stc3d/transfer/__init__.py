@@ -1,0 +1,1 @@
+"""Checkpoints on disk and weights on their way into another network."""
