@@ -37,7 +37,7 @@ setup(
     package_data={"nnssl_stc3d": ["py.typed"]},
     install_requires=[
         "nnunetv2>=2.8.1",
-        "torch",
+        "torch>=2.6",
         "batchgenerators",
         "batchgeneratorsv2",
         "dynamic-network-architectures",
