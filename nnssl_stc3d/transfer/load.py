@@ -1,0 +1,326 @@
+"""Pretrained weights into an nnU-Net U-Net: strict, reported tensor by tensor and compared afterwards."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nnssl_stc3d.transfer.adaptation_plan import unwrap
+from nnssl_stc3d.transfer.checkpoint import load_checkpoint
+from nnssl_stc3d.transfer.differences import (
+    Difference,
+    PlansReference,
+    commands_to_align,
+    compare,
+    describe_network,
+    describe_plans,
+    plans_of_checkpoint,
+)
+
+SEGMENTATION_LAYERS = ".seg_layers."
+ENCODER_IN_DECODER = "decoder.encoder."
+LOADER_NAME = "load_pretrained_weights"
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What a transfer did to each tensor of the network.
+
+    Attributes:
+        source: File or other description of where the weights came from.
+        parts: Parts of the network that were transferred, such as ``("encoder", "decoder")``.
+        loaded: Names of the tensors that were copied.
+        adapted: Names of the tensors that were changed to fit, and how.
+        fresh: Names of the tensors that keep their own values.
+        warnings: What the user should know although the transfer worked.
+    """
+
+    source: str
+    parts: tuple[str, ...]
+    loaded: tuple[str, ...]
+    adapted: dict[str, str]
+    fresh: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"Pretrained weights from {self.source}: {', '.join(self.parts)}",
+            f"  {len(self.loaded)} tensors loaded, {len(self.adapted)} adapted, {len(self.fresh)} fresh; "
+            "compared afterwards: equal",
+        ]
+        lines += [f"  adapted: {name}: {how}" for name, how in self.adapted.items()]
+        if self.fresh:
+            modules = sorted({".".join(name.split(".")[:2]) for name in self.fresh})
+            lines.append(f"  fresh: {', '.join(modules)}")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def load_pretrained(
+    network: nn.Module,
+    checkpoint_or_path: dict[str, Any] | str | os.PathLike[str],
+    target_plans: dict[str, Any] | None = None,
+    target_configuration: str | None = None,
+) -> TransferReport:
+    """Loads pretrained weights into a U-Net, or leaves it untouched and says why not.
+
+    A pretraining checkpoint says which parts of the network it trained; only those are taken. Of any other nnU-Net
+    checkpoint everything but the segmentation layers is. Nothing that is transferred may be missing or have another
+    shape, except for the number of input channels, to which the first convolution is adapted.
+
+    Args:
+        network: The network to fill, possibly wrapped by DistributedDataParallel or ``torch.compile``.
+        checkpoint_or_path: The checkpoint or its file.
+        target_plans: Plans that the network was built from; without them, fewer differences can be named.
+        target_configuration: Configuration of those plans.
+
+    Returns:
+        What happened to each tensor.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read or does not fit; with the differences and the commands to fix them.
+        RuntimeError: If the network does not hold the weights afterwards.
+    """
+    network = unwrap(network)
+    if isinstance(checkpoint_or_path, dict):
+        checkpoint, name = checkpoint_or_path, "a checkpoint in memory"
+    else:
+        checkpoint, name = load_checkpoint(checkpoint_or_path), os.fspath(checkpoint_or_path)
+    weights = {_without_prefix(key): value for key, value in checkpoint["network_weights"].items()}
+    groups = tensor_groups(network)
+    parts = _transferred_parts(checkpoint, network)
+    target = PlansReference(target_plans, target_configuration) if target_plans and target_configuration else None
+
+    values, adapted, problems = _match(network, groups, weights, parts)
+    differences = _differences(checkpoint, target, network, with_decoder="decoder" in parts)
+    if problems or any(difference.fatal for difference in differences):
+        raise ValueError(_explain_mismatch(name, checkpoint, target, differences, problems))
+
+    state = network.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for key, value in values.items():
+            state[key].copy_(value)
+    _prove_equality(network, groups, values)
+    return TransferReport(
+        source=_source(name, checkpoint),
+        parts=parts,
+        loaded=tuple(key for key in values if key not in adapted),
+        adapted=adapted,
+        fresh=tuple(names[0] for names in groups if names[0] not in values),
+        warnings=tuple(
+            [str(difference) for difference in differences] + _conflicting_duplicates(groups, weights, values)
+        ),
+    )
+
+
+def tensor_groups(network: nn.Module) -> list[list[str]]:
+    """Groups the names under which a network registers one and the same tensor.
+
+    U-Nets of nnU-Net list each tensor of a convolution twice and the whole encoder again as ``decoder.encoder``.
+
+    Args:
+        network: Any module.
+
+    Returns:
+        For each tensor its names, those inside ``decoder.encoder`` last.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return [sorted(names, key=lambda name: name.startswith(ENCODER_IN_DECODER)) for names in groups.values()]
+
+
+def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """Changes the number of input channels of a convolution while keeping its response to equal channels.
+
+    Args:
+        weight: (out, in, ...) weights of the convolution.
+        channels: Number of input channels wanted.
+
+    Returns:
+        (out, channels, ...). With more channels, the given ones are repeated in turn and divided by how often each was
+        repeated; with fewer, each gets an equal share of their sum.
+    """
+    if channels < weight.shape[1]:
+        return weight.sum(1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
+    index = torch.arange(channels, device=weight.device) % weight.shape[1]
+    repeats = torch.bincount(index)[index].to(weight.dtype)
+    return weight[:, index] / repeats.reshape(1, -1, *[1] * (weight.ndim - 2))
+
+
+def use_reporting_loader(
+    plans: dict[str, Any], configuration: str, log: Callable[[str], object] = print
+) -> Callable[..., None] | None:
+    """Makes the next ``nnUNetv2_train -pretrained_weights`` of this process load through ``load_pretrained``.
+
+    nnU-Net's training script calls its own loader through a global name right after the trainer's ``initialize``, so a
+    trainer calls this from there. The loader serves once and then puts nnU-Net's own back. Where nnU-Net has no such
+    name (a newer version, or a process that does not train), nothing changes.
+
+    Args:
+        plans: Plans of the network that is being trained.
+        configuration: Configuration of those plans.
+        log: Where the report goes, for example the trainer's ``print_to_log_file``.
+
+    Returns:
+        The loader that was put in place, or None.
+    """
+    modules = [module for module in map(sys.modules.get, _TRAINING_MODULES) if _is_training_script(module)]
+    if not modules:
+        return None
+    original = getattr(modules[0], LOADER_NAME)
+    original = getattr(original, "replaces", original)
+
+    def load(network: nn.Module, fname: str, verbose: bool = False) -> None:
+        for module in modules:
+            setattr(module, LOADER_NAME, original)
+        report = load_pretrained(network, fname, plans, configuration)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            log(str(report))
+
+    load.replaces = original  # type: ignore[attr-defined]
+    for module in modules:
+        setattr(module, LOADER_NAME, load)
+    return load
+
+
+# The script is a module for the console command, and the main module for `python -m nnunetv2.run.run_training`.
+_TRAINING_MODULES = ("nnunetv2.run.run_training", "__main__", "__mp_main__")
+
+
+def _is_training_script(module: Any) -> bool:
+    return callable(getattr(module, LOADER_NAME, None)) and hasattr(module, "maybe_load_checkpoint")
+
+
+def _without_prefix(key: str) -> str:
+    """Undoes the prefixes of networks that were saved inside their wrappers."""
+    return key.removeprefix("module.").removeprefix("_orig_mod.")
+
+
+def _transferred_parts(checkpoint: dict[str, Any], network: nn.Module) -> tuple[str, ...]:
+    existing = tuple(name for name, _ in network.named_children())
+    method = checkpoint.get("method")
+    if not isinstance(method, dict):
+        return existing
+    parts = tuple(method["transfers"])
+    unknown = [part for part in parts if part not in existing]
+    if unknown:
+        raise ValueError(
+            f"The checkpoint transfers {', '.join(parts)}, but this {type(network).__name__} has only "
+            f"{', '.join(existing)}. Use an nnU-Net configuration with an encoder-decoder U-Net."
+        )
+    return parts
+
+
+def _match(
+    network: nn.Module, groups: list[list[str]], weights: dict[str, Tensor], parts: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Finds the value of each tensor; returns the values, the adaptations and what does not fit, in words."""
+    state = network.state_dict()
+    in_projections = {f"{key}.weight" for key in getattr(network, "keys_to_in_proj", ())}
+    values: dict[str, Tensor] = {}
+    adapted: dict[str, str] = {}
+    problems: list[str] = []
+    for names in groups:
+        key, own = names[0], state[names[0]]
+        if key.split(".")[0] not in parts or SEGMENTATION_LAYERS in key:
+            continue
+        value = next((weights[name] for name in names if name in weights), None)
+        if value is None:
+            problems.append(f"{key} is missing in the checkpoint")
+            continue
+        if not torch.isfinite(value).all():
+            problems.append(f"{key} holds NaN or infinite values in the checkpoint")
+        elif value.shape == own.shape:
+            values[key] = value
+        elif in_projections & set(names) and value.shape[:1] + value.shape[2:] == own.shape[:1] + own.shape[2:]:
+            values[key] = adapt_input_channels(value, own.shape[1])
+            adapted[key] = _adaptation(value.shape[1], own.shape[1])
+        else:
+            problems.append(f"{key} has shape {tuple(value.shape)} in the checkpoint, {tuple(own.shape)} here")
+    known = set(state)
+    problems += [
+        f"{key} is in the checkpoint, but not in this network"
+        for key in weights
+        if key.split(".")[0] in parts and key not in known and SEGMENTATION_LAYERS not in key
+    ]
+    return values, adapted, problems
+
+
+def _adaptation(source: int, target: int) -> str:
+    how = f"repeated and divided by {target / source:g}" if target > source else "summed and shared out"
+    return f"{source} -> {target} input channels, {how}"
+
+
+def _differences(
+    checkpoint: dict[str, Any], target: PlansReference | None, network: nn.Module, *, with_decoder: bool
+) -> list[Difference]:
+    source = plans_of_checkpoint(checkpoint)
+    if source is None:
+        return []
+    described = describe_plans(target) if target else describe_network(network)
+    return compare(describe_plans(source), described, with_decoder=with_decoder)
+
+
+def _explain_mismatch(
+    name: str,
+    checkpoint: dict[str, Any],
+    target: PlansReference | None,
+    differences: list[Difference],
+    problems: list[str],
+) -> str:
+    lines = [f"The pretrained weights of {name} do not fit this network."]
+    lines += [f"  {difference}" for difference in differences]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        lines.append(f"  {'; '.join(problems[:3])}{more}")
+    lines.append("Give your dataset the plans of the pretraining, then train with them:")
+    lines += [f"  {command}" for command in commands_to_align(plans_of_checkpoint(checkpoint), target, name)]
+    return "\n".join(lines)
+
+
+def _prove_equality(network: nn.Module, groups: list[list[str]], values: dict[str, Tensor]) -> None:
+    """Compares every transferred tensor under each of its names."""
+    state = network.state_dict()
+    for names in groups:
+        if names[0] not in values:
+            continue
+        for name in names:
+            expected = values[names[0]].to(device=state[name].device, dtype=state[name].dtype)
+            if not torch.equal(state[name], expected):
+                raise RuntimeError(
+                    f"{name} differs from the pretrained weights after loading them. Expected equal tensors; please "
+                    "report this with the checkpoint's plans."
+                )
+
+
+def _conflicting_duplicates(
+    groups: list[list[str]], weights: dict[str, Tensor], values: dict[str, Tensor]
+) -> list[str]:
+    """Counts tensors that the checkpoint holds twice with different values, where loading everything would be wrong."""
+    conflicts = 0
+    for names in groups:
+        present = [weights[name] for name in names if name in weights]
+        if names[0] in values and any(not torch.equal(present[0], other) for other in present[1:]):
+            conflicts += 1
+    if not conflicts:
+        return []
+    return [
+        f"{conflicts} tensors have a duplicate with other values in the checkpoint (as {ENCODER_IN_DECODER}*); ignored"
+    ]
+
+
+def _source(name: str, checkpoint: dict[str, Any]) -> str:
+    method = checkpoint.get("method")
+    trained_by = method.get("name") if isinstance(method, dict) else checkpoint.get("trainer_name")
+    epoch = checkpoint.get("current_epoch")
+    details = [str(trained_by)] if trained_by else []
+    details += [f"{epoch} epochs"] if epoch is not None else []
+    return f"{name} ({', '.join(details)})" if details else name
