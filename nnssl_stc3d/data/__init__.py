@@ -1,0 +1,1 @@
+"""From preprocessed nnU-Net cases to batches of views."""

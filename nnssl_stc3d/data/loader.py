@@ -1,0 +1,125 @@
+"""Batches of rendered views. Every batch follows from its index alone, whatever the number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.methods.base import ViewBatch
+from nnssl_stc3d.views.intensity import augment_views, intensity_transforms
+from nnssl_stc3d.views.render import render_views
+from nnssl_stc3d.views.samplers import ViewSampler
+from nnssl_stc3d.views.spec import ViewSpecs, stack_specs
+
+
+class LoadedBatch(NamedTuple):
+    """A batch and the cases it shows, ``B`` times ``n_sources`` identifiers."""
+
+    batch: ViewBatch
+    cases: list[list[str]]
+
+
+class Sample(NamedTuple):
+    """The views of one sample.
+
+    Attributes:
+        sources: boxes ``(C, Z, Y, X)`` of the volumes, as read.
+        specs: ``source (V,)``, ``center (V, 3)``, ``matrix (V, 3, 3)``, in voxels of the boxes.
+        views: ``(V, C, *view_shape)``.
+    """
+
+    sources: list[torch.Tensor]
+    specs: ViewSpecs
+    views: torch.Tensor
+
+
+class ViewDataset(Dataset):
+    """Batch ``i`` of a run: a pure function of the seeds and ``i``, so that a resumed run sees what it would have seen.
+
+    Args:
+        cases: preprocessed cases.
+        sampler: draws the views.
+        batch_size: samples in a batch.
+        intensity: strength of the intensity augmentation, 0 for none.
+        seed: what distinguishes runs, ranks and training from validation.
+    """
+
+    def __init__(
+        self, cases: CaseDataset, sampler: ViewSampler, batch_size: int, intensity: float, seed: tuple[int, ...]
+    ) -> None:
+        if len(cases.identifiers) < sampler.n_sources:
+            raise ValueError(f"this method looks at {sampler.n_sources} cases at once, got {len(cases.identifiers)}")
+        self.cases = cases
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.transform = intensity_transforms(intensity)
+        self.seed = seed
+
+    def __getitem__(self, index: int) -> LoadedBatch:
+        rng = self._rng(index)
+        chosen = self._choose(rng)
+        samples = [self._sample(names, rng) for names in chosen]
+        specs = stack_specs([s.specs for s in samples])
+        views = torch.stack([s.views for s in samples])
+        return LoadedBatch(ViewBatch(views, specs, self.sampler.targets(specs, rng)), chosen)
+
+    def preview(self, index: int) -> tuple[Sample, list[str]]:
+        """The first sample of a batch with the sources it looks into, and the names of its cases."""
+        rng = self._rng(index)
+        names = self._choose(rng)[0]
+        return self._sample(names, rng), names
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([*self.seed, index])
+
+    def _sample(self, names: list[str], rng: np.random.Generator) -> Sample:
+        boxes, specs = self.sampler.sample([self.cases.shape(name) for name in names], rng)
+        sources = [torch.from_numpy(self.cases.read(name, box)) for name, box in zip(names, boxes)]
+        return Sample(sources, specs, self._render(sources, specs, rng))
+
+    def _choose(self, rng: np.random.Generator) -> list[list[str]]:
+        """Cases of one batch: no case twice as long as there are enough."""
+        identifiers = self.cases.identifiers
+        wanted = self.batch_size * self.sampler.n_sources
+        order = np.concatenate([rng.permutation(len(identifiers)) for _ in range(-(-wanted // len(identifiers)))])
+        chosen = [identifiers[i] for i in order[:wanted]]
+        return [chosen[i : i + self.sampler.n_sources] for i in range(0, wanted, self.sampler.n_sources)]
+
+    def _render(self, sources: list[torch.Tensor], specs: ViewSpecs, rng: np.random.Generator) -> torch.Tensor:
+        """Render and augment the views of one sample, ``(V, C, *view_shape)``."""
+        shape = self.sampler.view_shape
+        views = torch.empty((self.sampler.n_views, sources[0].shape[0], *shape))
+        for index, source in enumerate(sources):
+            mine = (specs.source == index).nonzero()[:, 0]
+            # Boxes differ in size, so each source is rendered on its own and is source 0 of that call.
+            alone = ViewSpecs(torch.zeros_like(mine)[None], specs.center[None, mine], specs.matrix[None, mine])
+            views[mine] = render_views(source[None, None], alone, shape)[0]
+        return augment_views(views, self.transform, rng)
+
+
+def batches(
+    dataset: ViewDataset, start: int, stop: int, workers: int, pin_memory: bool, persistent: bool = False
+) -> DataLoader:
+    """Load the batches ``start`` to ``stop`` of a run in order.
+
+    An exception in a worker reaches the caller with the worker's own traceback.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=persistent and workers > 0,
+    )
+
+
+def endless(loader: DataLoader) -> Iterator[LoadedBatch]:
+    """Go through a loader again and again: the fixed views of a validation."""
+    while True:
+        yield from loader

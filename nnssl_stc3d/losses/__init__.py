@@ -1,0 +1,1 @@
+"""Losses: pure functions without state, random numbers or logging."""

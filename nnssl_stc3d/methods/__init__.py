@@ -1,0 +1,1 @@
+"""Pretraining methods: a configuration and a module each."""

@@ -1,0 +1,212 @@
+"""What a pretraining method is: a sampler of views and a module whose forward pass returns the losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from nnssl_stc3d.modules.feature_pyramid import check_unet
+from nnssl_stc3d.views.samplers import ViewSampler
+from nnssl_stc3d.views.spec import ViewSpecs
+
+EMBEDDINGS = "embeddings"
+"""Key under which a forward pass may return positive pairs, ``(P, 2, D)`` detached, for the collapse monitors."""
+
+ConfigT = TypeVar("ConfigT", bound="PretrainConfig")
+
+
+class ViewBatch(NamedTuple):
+    """One batch as the loader ships it.
+
+    Attributes:
+        views: ``(B, V, C, Z, Y, X)`` rendered and augmented views.
+        specs: where each view looks; stays on the CPU.
+        targets: what the sampler computed from the specifications (labels, corresponding points).
+    """
+
+    views: Tensor
+    specs: ViewSpecs
+    targets: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Hyperparameters that every method has. Defaults are STC3D's (A.3.2).
+
+    Attributes:
+        batch_size: volumes a step, over all GPUs.
+        view_shape: ``(Z, Y, X)`` voxels of every view; None takes half of the plan's patch size.
+        optimizer: "adamw", "adam" or "sgd" (STC3D 3.4.3, with ``momentum`` and Nesterov).
+        learning_rate: peak of the schedule.
+        weight_decay: decoupled for AdamW.
+        momentum: of SGD, and beta1 of Adam.
+        amsgrad: variant of Adam that VoCo's released code uses.
+        schedule: "cosine" to zero or "constant", after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        gradient_clip: largest norm of the gradient.
+        intensity: strength of the intensity augmentation of single views, 0 for none.
+        seed: of the views; weights are initialised by torch's global generator.
+    """
+
+    batch_size: int = 4
+    view_shape: tuple[int, int, int] | None = None
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    amsgrad: bool = False
+    schedule: str = "cosine"
+    warmup_steps: int = 100
+    gradient_clip: float = 12.0
+    intensity: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices(self, optimizer=("adamw", "adam", "sgd"), schedule=("cosine", "constant"))
+        positive(self, "batch_size", "learning_rate", "gradient_clip")
+        not_negative(self, "weight_decay", "momentum", "warmup_steps", "intensity", "seed")
+        if self.view_shape is not None and (len(self.view_shape) != 3 or min(self.view_shape) < 1):
+            raise ValueError(f"view_shape must be three positive numbers (Z, Y, X) or None, got {self.view_shape}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain numbers, strings, lists and dictionaries."""
+        return _plain(dataclasses.asdict(self))
+
+
+class PretrainMethod(nn.Module, ABC):
+    """A method to pretrain a network of nnU-Net.
+
+    Heads, EMA teachers, centres and queues are submodules and buffers, so that optimiser, AMP, clipping, DDP, saving
+    and resuming need no code of the method.
+
+    Args:
+        network: PlainConvUNet or ResidualEncoderUNet.
+        config: hyperparameters with ``view_shape`` resolved.
+
+    Attributes:
+        name: how logs, checkpoints and tables call the method.
+        transfers: parts of the network that pretraining trains; the others are frozen.
+    """
+
+    name: ClassVar[str]
+    transfers: tuple[str, ...] = ("encoder",)
+
+    def __init__(self, network: nn.Module, config: PretrainConfig) -> None:
+        super().__init__()
+        check_unet(network)
+        self.network = network
+        self.config = config
+
+    def freeze_untrained(self) -> None:
+        """Freeze what the method leaves untrained: DDP refuses parameters that get no gradient."""
+        self.network.requires_grad_(False)
+        for part in self.transfers:
+            getattr(self.network, part).requires_grad_(True)
+        self.network.decoder.seg_layers.requires_grad_(False)
+        # The decoder holds the encoder as a submodule.
+        self.network.encoder.requires_grad_("encoder" in self.transfers)
+
+    @classmethod
+    @abstractmethod
+    def view_sampler(cls, config: Any, patch_size: Sequence[int], spacing: Sequence[float]) -> ViewSampler:
+        """The sampler that draws this method's views.
+
+        Args:
+            config: with ``view_shape`` resolved.
+            patch_size: of the plan, which decides on in-plane rotation.
+            spacing: mm per voxel, (z, y, x).
+        """
+
+    @abstractmethod
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """Compute ``"loss"`` and its detached terms, and optionally :data:`EMBEDDINGS`."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimiser step with the share of training that is done: EMA, temperatures."""
+        del progress
+
+
+def default_view_shape(patch_size: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int]:
+    """Half the patch, rounded to what the network's strides divide, with at least 2 bottleneck voxels on two axes.
+
+    128^3 gives the 64^3 of STC3D, VoCo and PiMPiC.
+
+    Args:
+        patch_size: ``(Z, Y, X)`` of the plan.
+        stride: total stride of the network.
+    """
+    cells = [max(1, round(p / 2 / s)) for p, s in zip(patch_size, stride)]
+    # InstanceNorm cannot normalise a bottleneck of a single voxel.
+    for axis in sorted(range(3), key=lambda a: -patch_size[a])[:2]:
+        cells[axis] = max(2, cells[axis])
+    shape = [c * s for c, s in zip(cells, stride)]
+    return shape[0], shape[1], shape[2]
+
+
+def check_view_shape(view_shape: Sequence[int], stride: Sequence[int]) -> None:
+    """Refuse views that the network's strides do not divide or that leave a single voxel at the bottleneck.
+
+    Raises:
+        ValueError: with the nearest shape that works.
+    """
+    if any(v % s for v, s in zip(view_shape, stride)) or all(v == s for v, s in zip(view_shape, stride)):
+        nearest = tuple(max(2, round(v / s)) * s for v, s in zip(view_shape, stride))
+        raise ValueError(
+            f"view_shape {tuple(view_shape)} must be a multiple of the network's total stride {tuple(stride)} with "
+            f"more than one voxel left at the bottleneck; the nearest is {nearest}"
+        )
+
+
+def choices(config: object, **allowed: Sequence[str]) -> None:
+    """Raise ValueError for a field that is none of the allowed values."""
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, got {getattr(config, name)!r}")
+
+
+def positive(config: object, *names: str) -> None:
+    """Raise ValueError for a field that is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)!r}")
+
+
+def not_negative(config: object, *names: str) -> None:
+    """Raise ValueError for a field below 0."""
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)!r}")
+
+
+def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Rebuild a configuration from :meth:`PretrainConfig.to_dict`.
+
+    Raises:
+        ValueError: for options that the configuration does not have.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; options are {', '.join(sorted(fields))}")
+    arguments = {}
+    for name, value in values.items():
+        default = getattr(cls, name, None)
+        if dataclasses.is_dataclass(default) and isinstance(value, dict):
+            value = type(default)(**{k: _frozen(v) for k, v in value.items()})
+        arguments[name] = _frozen(value)
+    return cls(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,257 @@
+"""STC3D: contrastive learning on views under controlled rotation, translation and scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
+from nnssl_stc3d.losses.stc3d import REGULARISERS, eq12, overlap_weighted
+from nnssl_stc3d.losses.voco import base_discrepancy, position_logits, position_prediction
+from nnssl_stc3d.methods.base import (
+    EMBEDDINGS,
+    PretrainConfig,
+    PretrainMethod,
+    ViewBatch,
+    choices,
+    not_negative,
+    positive,
+)
+from nnssl_stc3d.modules.feature_pyramid import decoder_features, encoder_channels
+from nnssl_stc3d.modules.heads import Projector, pooled_descriptor, sample_features
+from nnssl_stc3d.views.geometry import normalised_points
+from nnssl_stc3d.views.region_sampler import RegionSampler
+from nnssl_stc3d.views.samplers import TransformRanges, is_anisotropic
+
+
+@dataclass(frozen=True)
+class STC3DConfig(PretrainConfig):
+    """Hyperparameters of STC3D. The defaults are the measured best, :meth:`paper` is the literal reading.
+
+    Attributes:
+        grid: bases along each axis (A.7 and 2.1.2: (1, 4, 4)).
+        base_scale: source voxels per view voxel of a base; a smaller volume gets smaller cells.
+        region_scale: the same for the regions that are transformed; None takes the cell of a base.
+        cropping: placement of the window that the bases tile, "random", "center" or "edge" (Table 7).
+        regions: transformed regions per volume, K.
+        views_per_region: views of each region, N >= 2.
+        transforms: ranges of rotation, translation and scaling (Table 6; the paper gives none).
+        pred_weight: of L_pred (Table 5).
+        pred_form: "official" (VoCo's released loss) or "paper" (VoCo Eq. 3).
+        reg_weight: lambda of L_reg (Eq. 13, Table 5; not given).
+        reg_form: "discrepancy", "overlap_weighted" or "eq12".
+        reg_margin: distance beyond which different views are left alone, "overlap_weighted" only.
+        info_nce_weight: of L_InfoNCE (Eq. 11).
+        info_nce_on: "views" contrasts whole views (the paper), "bins" the spatial bins that correspond.
+        temperature: tau of L_InfoNCE (not given).
+        neutral_overlap: views of different regions that overlap by more are neither positive nor negative.
+        descriptor_stages: "encoder" pools every stage of the encoder, "bottleneck" the last only.
+        bins: spatial bins of the pooled descriptor; (1, 1, 1) is global average pooling.
+        projector_hidden: width of the projector's hidden layers.
+        projector_dim: width of the embedding.
+        dense_weight: of L_dense, voxel-level InfoNCE over the decoder's pyramid; above 0 the decoder is trained too.
+        dense_points: corresponding points for each pair of views.
+        dense_temperature: tau of L_dense.
+        dense_dim: width of the voxel embedding and its hidden layers.
+    """
+
+    grid: tuple[int, int, int] = (2, 2, 2)
+    base_scale: float = 1.0
+    region_scale: float | None = None
+    cropping: str = "random"
+    regions: int = 2
+    views_per_region: int = 2
+    transforms: TransformRanges = field(default_factory=TransformRanges)
+    pred_weight: float = 1.0
+    pred_form: str = "official"
+    reg_weight: float = 1.0
+    reg_form: str = "discrepancy"
+    reg_margin: float = 1.0
+    info_nce_weight: float = 0.0
+    info_nce_on: str = "views"
+    temperature: float = 0.1
+    neutral_overlap: float = 0.2
+    descriptor_stages: str = "encoder"
+    bins: tuple[int, int, int] = (2, 2, 2)
+    projector_hidden: int = 512
+    projector_dim: int = 128
+    dense_weight: float = 1.0
+    dense_points: int = 64
+    dense_temperature: float = 0.1
+    dense_dim: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices(
+            self,
+            cropping=("random", "center", "edge"),
+            pred_form=("official", "paper"),
+            reg_form=REGULARISERS,
+            info_nce_on=("views", "bins"),
+            descriptor_stages=("encoder", "bottleneck"),
+        )
+        positive(self, "base_scale", "regions", "temperature", "projector_hidden", "projector_dim", "dense_points")
+        positive(self, "dense_temperature", "dense_dim", "reg_margin")
+        not_negative(self, "pred_weight", "reg_weight", "info_nce_weight", "dense_weight", "neutral_overlap")
+        if self.region_scale is not None:
+            positive(self, "region_scale")
+        if self.views_per_region < 2:
+            raise ValueError(f"views_per_region must be at least 2 (positive pairs), got {self.views_per_region}")
+        for name in ("grid", "bins"):
+            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be three positive numbers (Z, Y, X), got {getattr(self, name)}")
+        if self.needs_bases and max(self.grid) < 2:
+            raise ValueError(f"position prediction and discrepancy need at least 2 bases, got grid {self.grid}")
+        if not (self.pred_weight or self.reg_weight or self.info_nce_weight or self.dense_weight):
+            raise ValueError("all loss weights are 0: there is nothing to train")
+
+    @property
+    def needs_bases(self) -> bool:
+        """Whether a loss looks at the bases."""
+        return self.pred_weight > 0 or (self.reg_weight > 0 and self.reg_form == "discrepancy")
+
+    @classmethod
+    def paper(cls) -> STC3DConfig:
+        """The literal reading: 1x4x4 bases, pooled descriptors, L_InfoNCE + L_pred + L_reg, encoder only."""
+        return cls(grid=(1, 4, 4), base_scale=1.5, bins=(1, 1, 1), info_nce_weight=1.0, dense_weight=0.0)
+
+
+class STC3D(PretrainMethod):
+    """STC3D on a U-Net of nnU-Net. See :class:`STC3DConfig` and documentation/stc3d.md."""
+
+    name = "STC3D"
+    config: STC3DConfig
+
+    def __init__(self, network: nn.Module, config: STC3DConfig) -> None:
+        super().__init__(network, config)
+        channels = encoder_channels(network)
+        pooled = sum(channels) if config.descriptor_stages == "encoder" else channels[-1]
+        per_bin = config.info_nce_weight > 0 and config.info_nce_on == "bins"
+        self.sampler_layout = self.view_sampler(config, config.view_shape or (1, 1, 1), (1.0, 1.0, 1.0))
+        cells = config.bins[0] * config.bins[1] * config.bins[2]
+        if self._describes_views:
+            self.projector = Projector(pooled * cells, config.projector_hidden, config.projector_dim)
+        if per_bin:
+            self.bin_projector = Projector(pooled, config.projector_hidden, config.projector_dim)
+        if config.dense_weight > 0:
+            self.transfers = ("encoder", "decoder")
+            self.dense_projector = Projector(sum(channels), config.dense_dim, config.dense_dim, affine=True)
+
+    @property
+    def _describes_views(self) -> bool:
+        config = self.config
+        return config.needs_bases or config.reg_weight > 0 or (config.info_nce_weight > 0 and config.info_nce_on == "views")
+
+    @classmethod
+    def view_sampler(cls, config: STC3DConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> RegionSampler:
+        """See :meth:`PretrainMethod.view_sampler`."""
+        if config.view_shape is None:
+            raise ValueError("view_shape must be resolved before sampling, got None")
+        return RegionSampler(
+            view_shape=config.view_shape,
+            spacing=tuple(spacing),
+            in_plane=is_anisotropic(patch_size),
+            grid=config.grid if config.needs_bases else None,
+            base_scale=config.base_scale,
+            region_scale=config.region_scale,
+            placement=config.cropping,
+            regions=config.regions,
+            views_per_region=config.views_per_region,
+            transforms=config.transforms,
+            points=config.dense_points if config.dense_weight > 0 else 0,
+            bins=config.bins if config.info_nce_weight > 0 and config.info_nce_on == "bins" else None,
+        )
+
+    def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """See :meth:`PretrainMethod.forward`. ``batch.views``: ``(B, bases + K N, C, Z, Y, X)``."""
+        config, layout = self.config, self.sampler_layout
+        size = batch.views.shape[0]
+        skips = self.network.encoder(batch.views.flatten(0, 1))
+        # The feature maps of the transformed views, (B * K * N, C, Z, Y, X).
+        moved = [f.unflatten(0, (size, -1))[:, layout.n_bases :].flatten(0, 1) for f in skips]
+        stages = slice(None) if config.descriptor_stages == "encoder" else slice(-1, None)
+        terms: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
+        if self._describes_views:
+            embeddings = self.projector(pooled_descriptor(skips[stages], config.bins)).unflatten(0, (size, -1))
+            bases, views = embeddings[:, : layout.n_bases], embeddings[:, layout.n_bases :]
+            if config.pred_weight > 0:
+                labels = batch.targets["position"]
+                logits = position_logits(views, bases)
+                terms["pred"] = position_prediction(logits, labels, config.pred_form)
+                result["position_accuracy"] = _agreement(logits, labels)
+            if config.reg_weight > 0:
+                terms["reg"] = self._regulariser(bases, views, batch.targets["overlap"])
+            if config.info_nce_weight > 0 and config.info_nce_on == "views":
+                terms["info_nce"] = self._contrast_views(views, batch.targets["overlap"])
+            result[EMBEDDINGS] = self._pairs(views).flatten(0, 1)
+        if config.info_nce_weight > 0 and config.info_nce_on == "bins":
+            pooled = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
+            first, second = self._at_points(pooled, self.bin_projector, batch, "bins")
+            terms["info_nce"] = info_nce(first, second, config.temperature)
+        if config.dense_weight > 0:
+            maps = [moved[-1], *decoder_features(self.network.decoder, moved)]
+            first, second = self._at_points(maps, self.dense_projector, batch, "points")
+            terms["dense"] = info_nce(first, second, config.dense_temperature)
+            result["voxel_retrieval"] = _retrieval(first, second)
+            result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
+        weights = {
+            "pred": config.pred_weight,
+            "reg": config.reg_weight,
+            "info_nce": config.info_nce_weight,
+            "dense": config.dense_weight,
+        }
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": loss} | {name: value.detach() for name, value in (terms | result).items()}
+
+    def _regulariser(self, bases: Tensor, views: Tensor, overlap: Tensor) -> Tensor:
+        if self.config.reg_form == "discrepancy":
+            return base_discrepancy(bases, "symmetric")
+        if self.config.reg_form == "eq12":
+            return eq12(views)
+        return overlap_weighted(views, overlap, self.config.reg_margin)
+
+    def _contrast_views(self, views: Tensor, overlap: Tensor) -> Tensor:
+        """Eq. 11 on whole views: positives are the views of one region, negatives other regions and other volumes."""
+        size, count = views.shape[:2]
+        device = views.device
+        volume = torch.arange(size, device=device).repeat_interleave(count)
+        region = torch.arange(size * self.config.regions, device=device).repeat_interleave(self.config.views_per_region)
+        same_region = region[:, None] == region
+        positives = same_region & ~torch.eye(len(region), dtype=torch.bool, device=device)
+        close = torch.block_diag(*torch.maximum(overlap, overlap.transpose(1, 2))) > self.config.neutral_overlap
+        negatives = ~same_region & ~(close & (volume[:, None] == volume))
+        return masked_info_nce(views.flatten(0, 1), positives, negatives, self.config.temperature)
+
+    def _pairs(self, views: Tensor) -> Tensor:
+        """Both views of each pair of one region, ``(B, M, ...) -> (B, pairs, 2, ...)``."""
+        first, second = self.sampler_layout.pairs()
+        return torch.stack((views[:, first], views[:, second]), dim=2)
+
+    def _at_points(self, maps: Sequence[Tensor], projector: nn.Module, batch: ViewBatch, name: str) -> tuple[Tensor, Tensor]:
+        """Embeddings at the corresponding points of all pairs that both views see, twice ``(N, D)``."""
+        size = batch.views.shape[0]
+        points = normalised_points(batch.targets[name], batch.views.shape[-3:])
+        paired = [self._pairs(f.unflatten(0, (size, -1))).flatten(0, 2) for f in maps]
+        inside = batch.targets[f"{name}_inside"].flatten()
+        descriptors = sample_features(paired, points.flatten(0, 2))
+        # (B, pairs, 2, P, C): the two views of a pair side by side, points of all pairs in one row each.
+        descriptors = descriptors.unflatten(0, points.shape[:3]).transpose(2, 3).flatten(0, 2)[inside]
+        embeddings = projector(descriptors.flatten(0, 1)).unflatten(0, (-1, 2))
+        return embeddings[:, 0], embeddings[:, 1]
+
+
+@torch.no_grad()
+def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of views whose most similar base is the one they overlap most."""
+    return (logits.argmax(-1) == labels.argmax(-1)).float().mean()
+
+
+@torch.no_grad()
+def _retrieval(first: Tensor, second: Tensor) -> Tensor:
+    """Share of voxels whose nearest embedding among the points of the other views is their own point."""
+    similarity = nn.functional.normalize(first.float(), dim=1) @ nn.functional.normalize(second.float(), dim=1).T
+    return (similarity.argmax(1) == torch.arange(len(first), device=first.device)).float().mean()

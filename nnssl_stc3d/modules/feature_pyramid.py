@@ -1,0 +1,51 @@
+"""The feature maps of nnU-Net's U-Nets: encoder stages, and decoder stages without the segmentation layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def check_unet(network: nn.Module) -> None:
+    """Refuse networks that have no encoder and decoder of dynamic-network-architectures' U-Nets.
+
+    Raises:
+        NotImplementedError: naming the network and what is supported.
+    """
+    encoder, decoder = getattr(network, "encoder", None), getattr(network, "decoder", None)
+    parts = (encoder, "output_channels"), (encoder, "strides"), (decoder, "stages"), (decoder, "transpconvs")
+    if any(not hasattr(part, name) for part, name in parts):
+        raise NotImplementedError(
+            f"pretraining supports PlainConvUNet and ResidualEncoderUNet, got {type(network).__name__}. Plan with "
+            "nnU-Net's default or ResEnc planners."
+        )
+
+
+def total_stride(network: nn.Module) -> tuple[int, ...]:
+    """Voxels of the input that one voxel of the bottleneck covers, for each axis."""
+    return tuple(int(s) for s in np.prod(np.array(network.encoder.strides), axis=0))
+
+
+def encoder_channels(network: nn.Module) -> list[int]:
+    """Channels of the encoder's stages, from the highest resolution to the bottleneck."""
+    return list(network.encoder.output_channels)
+
+
+def decoder_features(decoder: nn.Module, skips: Sequence[Tensor]) -> list[Tensor]:
+    """Run the decoder's stages without the segmentation layers.
+
+    Args:
+        decoder: of PlainConvUNet or ResidualEncoderUNet.
+        skips: the encoder's stages, highest resolution first.
+
+    Returns:
+        The decoder's stages, lowest resolution first; channels are those of the encoder stage of the same resolution.
+    """
+    below, features = skips[-1], []
+    for stage, upsample, skip in zip(decoder.stages, decoder.transpconvs, reversed(skips[:-1])):
+        below = stage(torch.cat((upsample(below), skip), dim=1))
+        features.append(below)
+    return features

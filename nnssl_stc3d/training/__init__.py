@@ -1,0 +1,1 @@
+"""nnU-Net's training loop around pretraining methods."""

@@ -1,0 +1,37 @@
+"""Collapse monitors: four numbers that say whether embeddings still carry information."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MONITORS = ("effective_rank", "embedding_std", "alignment", "uniformity")
+
+
+@torch.no_grad()
+def collapse_monitors(pairs: Tensor) -> dict[str, float]:
+    """Describe the embeddings of positive pairs.
+
+    Args:
+        pairs: ``(P, 2, D)``, two embeddings of each pair.
+
+    Returns:
+        ``effective_rank``: exponential of the entropy of the normalised singular values (Roy & Vetterli 2007), between 1
+        (collapsed) and ``min(2 P, D)``. ``embedding_std``: mean over dimensions of the standard deviation of the
+        normalised embeddings times ``sqrt(D)``; 0 when collapsed, near 1 when spread evenly. ``alignment``: mean squared
+        distance of a pair, ``uniformity``: log of the mean Gaussian potential ``exp(-2 d^2)`` over all other pairs, lower
+        is more uniform (both Wang & Isola 2020).
+    """
+    z = F.normalize(pairs.detach().float(), dim=-1)
+    flat = z.flatten(0, 1)
+    singular = torch.linalg.svdvals(flat)
+    share = singular / singular.sum().clamp(min=1e-12)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum()
+    distance = torch.pdist(flat).square()
+    return {
+        "effective_rank": float(entropy.exp()),
+        "embedding_std": float(flat.std(0).mean() * flat.shape[1] ** 0.5),
+        "alignment": float((z[:, 0] - z[:, 1]).square().sum(-1).mean()),
+        "uniformity": float((-2 * distance).exp().mean().log()),
+    }

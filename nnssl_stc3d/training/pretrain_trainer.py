@@ -1,0 +1,452 @@
+"""nnU-Net's trainer around a pretraining method: all plumbing, once for all methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Iterator
+from os.path import isdir, join
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import autocast, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
+from nnssl_stc3d.methods.base import (
+    EMBEDDINGS,
+    PretrainConfig,
+    PretrainMethod,
+    ViewBatch,
+    check_view_shape,
+    default_view_shape,
+)
+from nnssl_stc3d.modules.feature_pyramid import check_unet, total_stride
+from nnssl_stc3d.training.figures import plot_views
+from nnssl_stc3d.training.logger import PretrainLogger
+from nnssl_stc3d.training.monitors import collapse_monitors
+from nnssl_stc3d.training.schedule import WarmupSchedule
+from nnssl_stc3d.training.versions import installed_versions
+from nnssl_stc3d.transfer.adaptation_plan import build_adaptation_plan
+from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically, to_plain
+
+
+class PretrainTrainer(nnUNetTrainer):
+    """Pretrains the network of a plan with a :class:`PretrainMethod`; ``nnUNetv2_train`` runs it like any trainer.
+
+    A subclass names the method and its configuration. ``self.network`` is the method; the U-Net is inside.
+
+    Attributes:
+        method_class: what is trained.
+        config: its hyperparameters; ``view_shape`` None is resolved from the plan.
+        epochs: of 250 steps (STC3D A.3.2: 100k steps).
+    """
+
+    method_class: type[PretrainMethod]
+    config: PretrainConfig
+    epochs = 400
+    steps_per_epoch = 250
+    validation_steps = 10
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ) -> None:
+        _check_configuration(plans, configuration)
+        super().__init__(plans, configuration, fold, dataset_json, device)  # type: ignore[arg-type]
+        self.logger.local_logger = PretrainLogger()
+        self.initial_lr = self.config.learning_rate
+        self.weight_decay = self.config.weight_decay
+        self.num_epochs = self.epochs
+        self.num_iterations_per_epoch = self.steps_per_epoch
+        self.num_val_iterations_per_epoch = self.validation_steps
+        self.save_every = max(1, self.num_epochs // 40)
+        self.enable_deep_supervision = False
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: Any,
+        configuration_manager: Any,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """Called by ``nnUNetv2_predict`` only: a pretraining cannot segment.
+
+        Raises:
+            RuntimeError: with the command that finetunes.
+        """
+        raise RuntimeError(
+            "This folder holds a self-supervised pretraining: its segmentation layers are untrained and cannot predict. "
+            "Finetune it first, for example\n  nnUNetv2_train DATASET CONFIGURATION FOLD -tr STC3DFinetuneTrainer "
+            "-pretrained_weights .../checkpoint_final.pth\nand predict with -tr STC3DFinetuneTrainer."
+        )
+
+    def initialize(self) -> None:
+        """Build network, method and optimiser."""
+        if self.was_initialized:
+            raise RuntimeError("initialize() was called on a trainer that is initialised already")
+        if not isdir(self.preprocessed_dataset_folder):
+            raise FileNotFoundError(
+                f"expected preprocessed data in {self.preprocessed_dataset_folder}, which does not exist. Run "
+                f"nnUNetv2_preprocess -d {self.plans_manager.dataset_name} -plans_name {self.plans_manager.plans_name} "
+                f"-c {self.configuration_name}"
+            )
+        self.dataset_class = nnUNetDatasetBlosc2
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        unet = nnUNetTrainer.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            True,
+        )
+        check_unet(unet)
+        self.config = self._resolve(unet)
+        self.batch_size = self._share_of_batch()
+        method = self.method_class(unet, self.config)
+        method.freeze_untrained()
+        self.network = method.to(self.device)
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+            # In place, stage by stage: state-dict keys stay, and losses with data-dependent shapes are left alone.
+            unet.encoder.compile()
+            for stage in unet.decoder.stages:
+                stage.compile()
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if self.is_ddp:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+            self.network = DDP(self.network, device_ids=[self.local_rank])
+        self.was_initialized = True
+        self.logger.update_config({"method": method.name, "hparas": self.config.to_dict()})
+        self.print_to_log_file(
+            f"Pretraining with {method.name}, trained and transferred: {', '.join(method.transfers)}. Configuration:\n"
+            + json.dumps(self.config.to_dict(), indent=2),
+            add_timestamp=False,
+        )
+
+    @property
+    def method(self) -> PretrainMethod:
+        """The method without DDP's wrapper."""
+        return self.network.module if isinstance(self.network, DDP) else self.network
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupSchedule]:
+        """The optimiser and schedule that the configuration names."""
+        config = self.config
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                parameters, config.learning_rate, config.momentum, weight_decay=config.weight_decay,
+                nesterov=config.momentum > 0,
+            )  # fmt: skip
+        else:
+            adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+            optimizer = adam(
+                parameters, config.learning_rate, (config.momentum, 0.999), weight_decay=config.weight_decay,
+                amsgrad=config.amsgrad,
+            )  # fmt: skip
+        schedule = WarmupSchedule(
+            optimizer, config.learning_rate, self.num_iterations_per_epoch, self.num_epochs, config.warmup_steps,
+            config.schedule,
+        )  # fmt: skip
+        return optimizer, schedule
+
+    def get_dataloaders(self) -> tuple[Iterator[LoadedBatch], Iterator[LoadedBatch]]:
+        """Training batches from the current epoch on, and the fixed batches of the validation."""
+        training, validation = self._datasets()
+        if self.local_rank == 0:
+            training.cases.check()
+            sample, names = training.preview(0)
+            n_bases = getattr(training.sampler, "n_bases", 0)
+            plot_views(
+                sample, names, n_bases, tuple(self.configuration_manager.spacing), join(self.output_folder, "views.png")
+            )
+            self.print_to_log_file(f"Views of one case are drawn in {join(self.output_folder, 'views.png')}")
+        workers, pin = get_allowed_n_proc_DA(), self.device.type == "cuda"
+        steps = self.num_iterations_per_epoch
+        train_loader = batches(
+            training, self.current_epoch * steps, max(self.current_epoch, self.num_epochs) * steps, workers, pin
+        )
+        val_loader = batches(validation, 0, self.num_val_iterations_per_epoch, min(1, workers), pin, persistent=True)
+        return iter(train_loader), endless(val_loader)
+
+    def _datasets(self) -> tuple[ViewDataset, ViewDataset]:
+        training_keys, validation_keys = self.do_split()
+        sampler = self.method_class.view_sampler(
+            self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
+        )
+        training, validation = (
+            ViewDataset(
+                CaseDataset(self.preprocessed_dataset_folder, keys),
+                sampler,
+                self.batch_size,
+                intensity,
+                (self.config.seed, split, self.local_rank),
+            )
+            for split, (keys, intensity) in enumerate(((training_keys, self.config.intensity), (validation_keys, 0.0)))
+        )
+        return training, validation
+
+    def _resolve(self, unet: nn.Module) -> PretrainConfig:
+        """The configuration with the view shape that is used."""
+        stride = total_stride(unet)
+        if self.config.view_shape is None:
+            shape = default_view_shape(self.configuration_manager.patch_size, stride)
+            return dataclasses.replace(self.config, view_shape=shape)
+        check_view_shape(self.config.view_shape, stride)
+        return self.config
+
+    def _share_of_batch(self) -> int:
+        """Volumes of this rank, so that all ranks together have the configured batch size."""
+        if not self.is_ddp:
+            return self.config.batch_size
+        size, world = self.config.batch_size, dist.get_world_size()
+        if size % world:
+            raise ValueError(
+                f"the batch of {size} volumes must be a multiple of the number of GPUs, got {world}. Use fewer GPUs or a "
+                "trainer with another batch_size."
+            )
+        return size // world
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch: the segmentation layers are not used."""
+
+    def plot_network_architecture(self) -> None:
+        """Not drawn; ``views.png`` shows what is trained on instead."""
+
+    def train_step(self, loaded: LoadedBatch) -> dict[str, float]:
+        """One optimiser step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            terms = self.network(self._to_device(loaded.batch))
+        loss = terms["loss"]
+        if not torch.isfinite(loss):
+            values = {k: float(v) for k, v in terms.items() if v.ndim == 0}
+            raise RuntimeError(
+                f"the loss is not finite ({values}) in epoch {self.current_epoch}, step {self.lr_scheduler.iteration}, for "
+                f"the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they are "
+                "fine, lower the learning rate, or continue from the last checkpoint with --c."
+            )
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, self.config.gradient_clip)
+            self.optimizer.step()
+        self.lr_scheduler.advance()
+        self.method.after_step(self.lr_scheduler.progress)
+        return {k: float(v) for k, v in terms.items() if v.ndim == 0}
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
+        """Log the loss and its terms."""
+        self._log_terms("train", train_outputs)
+
+    def validation_step(self, loaded: LoadedBatch) -> dict[str, Any]:
+        """The same losses on fixed views, in evaluation mode."""
+        with autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            terms = self.network(self._to_device(loaded.batch))
+        return {k: float(v) if v.ndim == 0 else v.detach().float().cpu() for k, v in terms.items()}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
+        """Log the loss, its terms and the collapse monitors."""
+        pairs = [o.pop(EMBEDDINGS) for o in val_outputs if EMBEDDINGS in o]
+        self._log_terms("val", val_outputs)
+        if pairs:
+            for name, value in collapse_monitors(torch.cat(pairs)).items():
+                self.logger.log(name, value, self.current_epoch)
+
+    def _log_terms(self, split: str, outputs: list[dict[str, float]]) -> None:
+        if self.is_ddp:
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, outputs)
+            outputs = [o for rank in gathered for o in rank]
+        for name in outputs[0]:
+            key = f"{split}_losses" if name == "loss" else f"{split}_{name}"
+            self.logger.log(key, float(np.mean([o[name] for o in outputs])), self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """Report the epoch, save checkpoints and draw ``progress.png``."""
+        epoch = self.current_epoch
+        self.logger.log("epoch_end_timestamps", time(), epoch)
+        log = self.logger.local_logger.my_fantastic_logging
+        hidden = ("epoch_start_timestamps", "epoch_end_timestamps", "lrs")
+        for key in (k for k in log if k not in hidden):
+            self.print_to_log_file(f"{key} {self.logger.get_value(key, step=-1):.4f}")
+        self.print_to_log_file(f"Epoch time: {log['epoch_end_timestamps'][-1] - log['epoch_start_timestamps'][-1]:.2f} s")
+        # Smoothed like nnU-Net's pseudo Dice, but lower is better.
+        smoothed = log["val_losses"][0]
+        for value in log["val_losses"][1:]:
+            smoothed = 0.9 * smoothed + 0.1 * value
+        self.current_epoch += 1
+        if self._best_ema is None or smoothed < self._best_ema:
+            self._best_ema = smoothed
+            self._save("checkpoint_best.pth")
+        if self.current_epoch % self.save_every == 0 and self.current_epoch != self.num_epochs:
+            self._save("checkpoint_latest.pth")
+        if self.local_rank == 0:
+            self.logger.plot_progress_png(self.output_folder)
+
+    def on_train_end(self) -> None:
+        """Save the final checkpoint and stop the loader's workers."""
+        super().on_train_end()
+        self.dataloader_train = self.dataloader_val = None
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """A pretraining has nothing to segment: write a summary and say what comes next."""
+        del save_probabilities
+        if self.local_rank != 0:
+            return
+        log = self.logger.local_logger.my_fantastic_logging
+        summary = {
+            "method": self.method.name,
+            "transfers": list(self.method.transfers),
+            "epochs": self.current_epoch,
+            "last": {k: v[-1] for k, v in log.items() if v and not k.endswith("timestamps")},
+        }
+        with open(join(self.output_folder, "pretraining_summary.json"), "w") as file:
+            json.dump(summary, file, indent=2)
+        self.print_to_log_file(
+            "Pretraining has no segmentation to validate. Finetune with\n"
+            f"  nnUNetv2_train DATASET {self.configuration_name} FOLD -tr STC3DFinetuneTrainer "
+            f"-p {self.plans_manager.plans_name} -pretrained_weights {join(self.output_folder, 'checkpoint_final.pth')}"
+        )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write everything that continuing, finetuning and sharing need; plain values and CPU tensors only.
+
+        nnU-Net calls this at the end of the training with the epoch counter set back by one.
+        """
+        self._save(filename, self.current_epoch + 1)
+
+    def _save(self, filename: str, epoch: int | None = None) -> None:
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        method, plans = self.method, self.plans_manager.plans
+        checkpoint = {
+            "network_weights": method.network.state_dict(),
+            "method_state": _without_network(method.state_dict()),
+            "method": {"name": method.name, "config": self.config.to_dict(), "transfers": list(method.transfers)},
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch if epoch is None else epoch,
+            "init_args": {"configuration": self.configuration_name, "fold": self.fold},
+            "trainer_name": self.__class__.__name__,
+            "inference_allowed_mirroring_axes": None,
+            "rng_state": {
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+            "plans": plans,
+            "dataset_json": self.dataset_json,
+            "configuration": self.configuration_name,
+            "versions": installed_versions() | {"python": platform.python_version()},
+            "nnssl_adaptation_plan": build_adaptation_plan(
+                plans, self.configuration_name, self.num_input_channels, method.network
+            ),
+            "citations": ["STC3D: Self-Supervised Contrastive Learning with Spatial Transformations (anonymous, under review)"],
+        }
+        save_checkpoint_atomically(to_plain(checkpoint), join(self.output_folder, filename))
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Continue a pretraining: weights, heads, optimiser, log, epoch and random states.
+
+        Raises:
+            ValueError: if the checkpoint is not of this method and network.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint, pretraining=True)
+        saved = checkpoint["method"]
+        if saved["name"] != self.method.name:
+            raise ValueError(
+                f"this trainer continues {self.method.name}, but the checkpoint was written by {saved['name']}. "
+                f"Continue with -tr {checkpoint['trainer_name']}."
+            )
+        current = self.config.to_dict()
+        changed = [f"{k}: {saved['config'].get(k)} -> {v}" for k, v in current.items() if saved["config"].get(k) != v]
+        if changed:
+            self.print_to_log_file("WARNING: continuing with other options than the run began with: " + "; ".join(changed))
+        state = {f"network.{k}": v for k, v in checkpoint["network_weights"].items()} | checkpoint["method_state"]
+        try:
+            self.method.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint does not fit this network; was the dataset planned again since? {error}"
+            ) from error
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.current_epoch = checkpoint["current_epoch"]
+        torch.set_rng_state(checkpoint["rng_state"]["torch"])
+        if self.device.type == "cuda" and checkpoint["rng_state"]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], self.device)
+
+    def _to_device(self, batch: ViewBatch) -> ViewBatch:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        return batch._replace(views=move(batch.views), targets={k: move(v) for k, v in batch.targets.items()})
+
+
+def _without_network(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith("network.")}
+
+
+def _check_configuration(plans: dict, configuration: str) -> None:
+    """Refuse what is not a plain 3D configuration, before nnU-Net makes any folder."""
+    manager = PlansManager(plans).get_configuration(configuration)
+    if len(manager.patch_size) != 3:
+        raise NotImplementedError(
+            f"pretraining supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} dimensions. "
+            "Use 3d_fullres or 3d_lowres."
+        )
+    if manager.previous_stage_name is not None:
+        raise NotImplementedError(
+            f"pretraining does not support cascades: {configuration} needs the predictions of {manager.previous_stage_name}."
+            " Use 3d_fullres or 3d_lowres."
+        )
+
+
+def with_epochs(trainer: type[nnUNetTrainer], epochs: int) -> type[nnUNetTrainer]:
+    """A shorter variant of a trainer, called ``<trainer>_1epoch`` or ``<trainer>_<n>epochs``."""
+    name = f"{trainer.__name__}_{epochs}epoch{'' if epochs == 1 else 's'}"
+    doc = f"{trainer.__name__} for {epochs} epoch{'' if epochs == 1 else 's'}."
+    return type(name, (trainer,), {"epochs": epochs, "__doc__": doc, "__module__": trainer.__module__})

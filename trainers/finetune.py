@@ -1,0 +1,15 @@
+"""Finetuning trainers."""
+
+from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
+from nnssl_stc3d.training.pretrain_trainer import with_epochs
+
+
+class STC3DFinetuneTrainer(FinetuneTrainer):
+    """Finetuning schedule of STC3D A.3.3; its own class name keeps it apart from stock results."""
+
+
+STC3DFinetuneTrainer_1epoch = with_epochs(STC3DFinetuneTrainer, 1)
+STC3DFinetuneTrainer_5epochs = with_epochs(STC3DFinetuneTrainer, 5)
+STC3DFinetuneTrainer_10epochs = with_epochs(STC3DFinetuneTrainer, 10)
+STC3DFinetuneTrainer_50epochs = with_epochs(STC3DFinetuneTrainer, 50)
+STC3DFinetuneTrainer_100epochs = with_epochs(STC3DFinetuneTrainer, 100)
