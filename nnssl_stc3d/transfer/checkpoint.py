@@ -8,8 +8,9 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,10 +20,7 @@ SAFETENSORS_SUFFIX = ".safetensors"
 
 
 def save_checkpoint_atomically(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint to a temporary file beside its destination and renames it when it is complete on disk.
-
-    Whatever happens meanwhile, ``path`` holds either the previous checkpoint or the new one. The temporary file has a
-    fixed name, so that one left by a killed process is overwritten by the next write instead of piling up.
+    """Writes a checkpoint so that ``path`` holds either the previous one or the complete new one, whatever happens.
 
     Args:
         checkpoint: What ``torch.save`` shall write.
@@ -31,11 +29,27 @@ def save_checkpoint_atomically(checkpoint: dict[str, Any], path: str | os.PathLi
     Raises:
         RuntimeError: If the file cannot be written, for example because the disk is full.
     """
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Writes to a temporary file beside the destination and renames it when it is complete on disk.
+
+    The temporary file has a fixed name, so that one left by a killed process is overwritten by the next write instead
+    of piling up; it is removed if writing fails.
+
+    Args:
+        path: Destination; its folder must exist.
+        write: Writes the contents to the open file that it gets.
+
+    Raises:
+        RuntimeError: If the file cannot be written, for example because the disk is full.
+    """
     destination = Path(path)
     temporary = destination.with_name(destination.name + TEMPORARY_SUFFIX)
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, destination)
@@ -51,12 +65,12 @@ def save_checkpoint_atomically(checkpoint: dict[str, Any], path: str | os.PathLi
 def _explain_failed_write(destination: Path, error: Exception) -> str:
     folder = destination.parent
     if not folder.is_dir():
-        return f"Cannot write the checkpoint {destination}: its folder does not exist. Create it first."
-    kept = "The previous checkpoint of that name is untouched. " if destination.is_file() else ""
+        return f"Cannot write {destination}: its folder does not exist. Create it first."
+    kept = "The previous file of that name is untouched. " if destination.is_file() else ""
     free = shutil.disk_usage(folder).free / 2**20
     return (
-        f"Cannot write the checkpoint {destination} ({error.__cause__ or error}); {free:.0f} MiB are free in {folder}. "
-        f"{kept}Free some space or check the permissions, then continue the training with --c."
+        f"Cannot write {destination} ({error.__context__ or error}); {free:.0f} MiB are free in {folder}. {kept}"
+        "Free some space or check the permissions, then repeat the command (a training continues with --c)."
     )
 
 

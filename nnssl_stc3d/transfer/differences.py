@@ -143,9 +143,10 @@ def commands_to_align(
         f"nnUNetv2_move_plans_between_datasets -s {source_dataset} -t {target_dataset} -sp {source_plans} -tp {plans}",
         f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}",
     ]
+    train = f"nnUNetv2_train {number} {configuration} FOLD -p {plans}"
     return [
         *(align if plans != source_plans else []),
-        f"nnUNetv2_train {number} {configuration} FOLD -p {plans} -tr STC3DFinetuneTrainer -pretrained_weights {weights}",
+        f"{train} -tr STC3DFinetuneTrainer -pretrained_weights {weights}",
     ]
 
 
