@@ -10,7 +10,7 @@ from torch import Tensor
 def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """InfoNCE between two sets of corresponding embeddings, mean over all ``2 N`` anchors, self excluded.
 
-    For anchor ``i`` with partner ``j``: ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))`` with cosine similarity ``s``
+    For anchor ``i`` with partner ``j``: ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))`` with cosines ``s``
     (STC3D Eq. 11; vox2vec's released form: the paper's sum divided by ``2 N``).
 
     Args:

@@ -13,8 +13,8 @@ REGULARISERS = ("discrepancy", "overlap_weighted", "eq12")
 def overlap_weighted(views: Tensor, overlap: Tensor, margin: float = 1.0) -> Tensor:
     """Views that overlap agree, views that do not differ (3.2.5: invariant to small, sensitive to large changes).
 
-    Mean over ordered pairs ``i != j`` of ``o d^2 + (1 - o) max(0, margin - d)^2`` with ``d`` the distance of the normalised
-    embeddings. ``o = 1`` gives Eq. 12, ``o = 0`` a bounded discrepancy.
+    Mean over ordered pairs ``i != j`` of ``o d^2 + (1 - o) max(0, margin - d)^2`` with ``d`` the distance of the
+    normalised embeddings. ``o = 1`` gives Eq. 12, ``o = 0`` a bounded discrepancy.
 
     Args:
         views: ``(..., V, D)`` embeddings.

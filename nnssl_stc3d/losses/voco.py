@@ -31,8 +31,8 @@ def position_prediction(logits: Tensor, labels: Tensor, form: str = "official") 
     With ``d = |label - logit|``:
 
     * ``"paper"``: mean over bases and views of ``-log(1 - d)``.
-    * ``"official"``: ``pos + neg`` of the released code. ``pos`` is the mean of ``-log(1 - d + 1e-6)`` weighted by the label,
-      ``neg`` the mean squared logit over the bases that a view does not touch, both over all views of a volume.
+    * ``"official"``: ``pos + neg`` of the released code. ``pos`` is the mean of ``-log(1 - d + 1e-6)`` weighted by the
+      label, ``neg`` the mean squared logit over the bases that a view does not touch, both over all views of a volume.
 
     Args:
         logits: ``(..., M, n)`` rectified cosines in [0, 1]; leading axes are volumes and averaged.

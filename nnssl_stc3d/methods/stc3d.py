@@ -34,7 +34,8 @@ class STC3DConfig(PretrainConfig):
     Attributes:
         grid: bases along each axis (A.7 and 2.1.2: (1, 4, 4)).
         base_scale: source voxels per view voxel of a base; a smaller volume gets smaller cells.
-        region_scale: the same for the regions that are transformed; None takes the cell of a base.
+        region_scale: the same for the regions that are transformed: 1 shows the network the resolution that it will be
+            finetuned at; None takes the cell of a base.
         cropping: placement of the window that the bases tile, "random", "center" or "edge" (Table 7).
         regions: transformed regions per volume, K.
         views_per_region: views of each region, N >= 2.
@@ -60,7 +61,7 @@ class STC3DConfig(PretrainConfig):
 
     grid: tuple[int, int, int] = (2, 2, 2)
     base_scale: float = 1.0
-    region_scale: float | None = None
+    region_scale: float | None = 1.0
     cropping: str = "random"
     regions: int = 2
     views_per_region: int = 2
@@ -116,7 +117,9 @@ class STC3DConfig(PretrainConfig):
     @classmethod
     def paper(cls) -> STC3DConfig:
         """The literal reading: 1x4x4 bases, pooled descriptors, L_InfoNCE + L_pred + L_reg, encoder only."""
-        return cls(grid=(1, 4, 4), base_scale=1.5, bins=(1, 1, 1), info_nce_weight=1.0, dense_weight=0.0)
+        return cls(
+            grid=(1, 4, 4), base_scale=1.5, region_scale=None, bins=(1, 1, 1), info_nce_weight=1.0, dense_weight=0.0
+        )
 
 
 class STC3D(PretrainMethod):
@@ -143,7 +146,8 @@ class STC3D(PretrainMethod):
     @property
     def _describes_views(self) -> bool:
         config = self.config
-        return config.needs_bases or config.reg_weight > 0 or (config.info_nce_weight > 0 and config.info_nce_on == "views")
+        contrasts_views = config.info_nce_weight > 0 and config.info_nce_on == "views"
+        return config.needs_bases or config.reg_weight > 0 or contrasts_views
 
     @classmethod
     def view_sampler(cls, config: STC3DConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> RegionSampler:
@@ -231,7 +235,9 @@ class STC3D(PretrainMethod):
         first, second = self.sampler_layout.pairs()
         return torch.stack((views[:, first], views[:, second]), dim=2)
 
-    def _at_points(self, maps: Sequence[Tensor], projector: nn.Module, batch: ViewBatch, name: str) -> tuple[Tensor, Tensor]:
+    def _at_points(
+        self, maps: Sequence[Tensor], projector: nn.Module, batch: ViewBatch, name: str
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings at the corresponding points of all pairs that both views see, twice ``(N, D)``."""
         size = batch.views.shape[0]
         points = normalised_points(batch.targets[name], batch.views.shape[-3:])

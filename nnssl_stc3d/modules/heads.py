@@ -38,8 +38,8 @@ class Projector(nn.Sequential):
 def pooled_descriptor(features: Sequence[Tensor], bins: Sequence[int]) -> Tensor:
     """Concatenate feature maps, each averaged in a grid of spatial bins.
 
-    ``bins = (1, 1, 1)`` is global average pooling (VoCo, STC3D's paper). A map with fewer voxels than bins along an axis
-    repeats them.
+    ``bins = (1, 1, 1)`` is global average pooling (VoCo, STC3D's paper). A map with fewer voxels than bins along an
+    axis repeats them.
 
     Args:
         features: maps ``(N, C_i, Z_i, Y_i, X_i)``.

@@ -14,8 +14,8 @@ from nnssl_stc3d.transfer.load import use_reporting_loader
 class FinetuneTrainer(nnUNetTrainer):
     """nnU-Net's trainer with another optimiser; ``-pretrained_weights`` is loaded strictly and with a report.
 
-    Patch and batch size come from the plans (the paper's are 96^3 and 1). Without ``-pretrained_weights`` it trains from
-    scratch under the same schedule: the matched baseline.
+    Patch and batch size come from the plans (the paper's are 96^3 and 1). Without ``-pretrained_weights`` it trains
+    from scratch under the same schedule: the matched baseline.
     """
 
     learning_rate = 3e-4

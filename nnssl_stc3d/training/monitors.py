@@ -17,11 +17,11 @@ def collapse_monitors(pairs: Tensor) -> dict[str, float]:
         pairs: ``(P, 2, D)``, two embeddings of each pair.
 
     Returns:
-        ``effective_rank``: exponential of the entropy of the normalised singular values (Roy & Vetterli 2007), between 1
-        (collapsed) and ``min(2 P, D)``. ``embedding_std``: mean over dimensions of the standard deviation of the
-        normalised embeddings times ``sqrt(D)``; 0 when collapsed, near 1 when spread evenly. ``alignment``: mean squared
-        distance of a pair, ``uniformity``: log of the mean Gaussian potential ``exp(-2 d^2)`` over all other pairs, lower
-        is more uniform (both Wang & Isola 2020).
+        ``effective_rank``: exponential of the entropy of the normalised singular values (Roy & Vetterli 2007), between
+        1 (collapsed) and ``min(2 P, D)``. ``embedding_std``: mean over dimensions of the standard deviation of the
+        normalised embeddings times ``sqrt(D)``; 0 when collapsed, near 1 when spread evenly. ``alignment``: mean
+        squared distance of a pair, ``uniformity``: log of the mean Gaussian potential ``exp(-2 d^2)`` over all pairs of
+        embeddings, lower is more uniform (both Wang & Isola 2020).
     """
     z = F.normalize(pairs.detach().float(), dim=-1)
     flat = z.flatten(0, 1)

@@ -94,7 +94,8 @@ class PretrainTrainer(nnUNetTrainer):
             RuntimeError: with the command that finetunes.
         """
         raise RuntimeError(
-            "This folder holds a self-supervised pretraining: its segmentation layers are untrained and cannot predict. "
+            "This folder holds a self-supervised pretraining: its segmentation layers are untrained and cannot predict."
+            " "
             "Finetune it first, for example\n  nnUNetv2_train DATASET CONFIGURATION FOLD -tr STC3DFinetuneTrainer "
             "-pretrained_weights .../checkpoint_final.pth\nand predict with -tr STC3DFinetuneTrainer."
         )
@@ -223,8 +224,8 @@ class PretrainTrainer(nnUNetTrainer):
         size, world = self.config.batch_size, dist.get_world_size()
         if size % world:
             raise ValueError(
-                f"the batch of {size} volumes must be a multiple of the number of GPUs, got {world}. Use fewer GPUs or a "
-                "trainer with another batch_size."
+                f"the batch of {size} volumes must be a multiple of the number of GPUs, got {world}. Use fewer GPUs or "
+                "a trainer with another batch_size."
             )
         return size // world
 
@@ -245,8 +246,8 @@ class PretrainTrainer(nnUNetTrainer):
         if not torch.isfinite(loss):
             values = {k: float(v) for k, v in terms.items() if v.ndim == 0}
             raise RuntimeError(
-                f"the loss is not finite ({values}) in epoch {self.current_epoch}, step {self.lr_scheduler.iteration}, for "
-                f"the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they are "
+                f"the loss is not finite ({values}) in epoch {self.current_epoch}, step {self.lr_scheduler.iteration}, "
+                f"for the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they are "
                 "fine, lower the learning rate, or continue from the last checkpoint with --c."
             )
         parameters = [p for p in self.network.parameters() if p.requires_grad]
@@ -262,7 +263,7 @@ class PretrainTrainer(nnUNetTrainer):
             self.optimizer.step()
         self.lr_scheduler.advance()
         self.method.after_step(self.lr_scheduler.progress)
-        return {k: float(v) for k, v in terms.items() if v.ndim == 0}
+        return {k: float(v.detach()) for k, v in terms.items() if v.ndim == 0}
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, float]]) -> None:
         """Log the loss and its terms."""
@@ -299,7 +300,8 @@ class PretrainTrainer(nnUNetTrainer):
         hidden = ("epoch_start_timestamps", "epoch_end_timestamps", "lrs")
         for key in (k for k in log if k not in hidden):
             self.print_to_log_file(f"{key} {self.logger.get_value(key, step=-1):.4f}")
-        self.print_to_log_file(f"Epoch time: {log['epoch_end_timestamps'][-1] - log['epoch_start_timestamps'][-1]:.2f} s")
+        seconds = log["epoch_end_timestamps"][-1] - log["epoch_start_timestamps"][-1]
+        self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
         # Smoothed like nnU-Net's pseudo Dice, but lower is better.
         smoothed = log["val_losses"][0]
         for value in log["val_losses"][1:]:
@@ -377,7 +379,6 @@ class PretrainTrainer(nnUNetTrainer):
             "nnssl_adaptation_plan": build_adaptation_plan(
                 plans, self.configuration_name, self.num_input_channels, method.network
             ),
-            "citations": ["STC3D: Self-Supervised Contrastive Learning with Spatial Transformations (anonymous, under review)"],
         }
         save_checkpoint_atomically(to_plain(checkpoint), join(self.output_folder, filename))
 
@@ -401,7 +402,7 @@ class PretrainTrainer(nnUNetTrainer):
         current = self.config.to_dict()
         changed = [f"{k}: {saved['config'].get(k)} -> {v}" for k, v in current.items() if saved["config"].get(k) != v]
         if changed:
-            self.print_to_log_file("WARNING: continuing with other options than the run began with: " + "; ".join(changed))
+            self.print_to_log_file(f"WARNING: continuing with other options than the run began with: {'; '.join(changed)}")
         state = {f"network.{k}": v for k, v in checkpoint["network_weights"].items()} | checkpoint["method_state"]
         try:
             self.method.load_state_dict(state)
@@ -435,13 +436,13 @@ def _check_configuration(plans: dict, configuration: str) -> None:
     manager = PlansManager(plans).get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise NotImplementedError(
-            f"pretraining supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} dimensions. "
-            "Use 3d_fullres or 3d_lowres."
+            f"pretraining supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} "
+            "dimensions. Use 3d_fullres or 3d_lowres."
         )
     if manager.previous_stage_name is not None:
         raise NotImplementedError(
-            f"pretraining does not support cascades: {configuration} needs the predictions of {manager.previous_stage_name}."
-            " Use 3d_fullres or 3d_lowres."
+            f"pretraining does not support cascades: {configuration} needs the predictions of "
+            f"{manager.previous_stage_name}. Use 3d_fullres or 3d_lowres."
         )
 
 

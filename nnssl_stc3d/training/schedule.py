@@ -20,7 +20,13 @@ class WarmupSchedule:
     """
 
     def __init__(
-        self, optimizer: Optimizer, peak: float, steps_per_epoch: int, epochs: int, warmup_steps: int, shape: str = "cosine"
+        self,
+        optimizer: Optimizer,
+        peak: float,
+        steps_per_epoch: int,
+        epochs: int,
+        warmup_steps: int,
+        shape: str = "cosine",
     ) -> None:
         self.optimizer = optimizer
         self.peak = peak

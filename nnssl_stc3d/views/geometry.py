@@ -87,8 +87,8 @@ def matching_points(a: ViewSpecs, b: ViewSpecs, points: Tensor, view_shape: Sequ
         view_shape: ``(Z, Y, X)`` of both views.
 
     Returns:
-        ``(B, V, P, 3)`` view voxels of ``b``, and ``(B, V, P)`` bool: the point lies between the outermost voxel centres
-        of ``b`` and both views look into the same source.
+        ``(B, V, P, 3)`` view voxels of ``b``, and ``(B, V, P)`` bool: the point lies between the outermost voxel
+        centres of ``b`` and both views look into the same source.
     """
     matched = source_to_view(b, view_to_source(a, points, view_shape), view_shape)
     limit = view_center(view_shape, points) * 2

@@ -23,14 +23,21 @@ from nnssl_stc3d.views.samplers import (
 from nnssl_stc3d.views.spec import ViewSpecs, view_center
 
 _CANDIDATES_PER_POINT = 4
+_SMALLEST_UNIFORM_SHRINK = 0.5
+
+
+def _fit(extent: np.ndarray, volume: np.ndarray) -> np.ndarray:
+    """Shrink a box into a volume: alike along all axes, so that anatomy keeps its shape, down to half; then as needed."""
+    shrink = max(_SMALLEST_UNIFORM_SHRINK, min(1.0, float((volume / extent).min())))
+    return np.minimum(volume, extent * shrink)
 
 
 @dataclass
 class RegionSampler(ViewSampler):
     """Views in the order: bases (C order of the grid), then the views of region 0, of region 1, ...
 
-    A window of ``grid * view_shape * base_scale`` voxels, or the whole volume along axes that are shorter, is tiled by the
-    grid; a base looks at one cell, however small that is. Regions lie anywhere inside the window.
+    A window of ``grid * view_shape * base_scale`` voxels, or the whole volume along axes that are shorter, is tiled by
+    the grid; a base looks at one cell, however small that is. Regions lie anywhere inside the window.
 
     Attributes:
         view_shape: ``(Z, Y, X)`` of every view.
@@ -38,7 +45,7 @@ class RegionSampler(ViewSampler):
         in_plane: rotate about the first axis only.
         grid: bases along each axis; None draws no bases (the window still has one view's extent per axis).
         base_scale: source voxels per view voxel of a base in a volume that is large enough.
-        region_scale: the same for regions; None gives regions the size of a cell.
+        region_scale: the same for regions, shrunk to fit; None gives regions the size of a cell.
         placement: of the window, "random", "center" or "edge".
         regions: regions per volume.
         views_per_region: transformed views of each region.
@@ -76,7 +83,7 @@ class RegionSampler(ViewSampler):
         centers = list(cells[: self.n_bases])
         matrices = [np.diag(cell / view)] * self.n_bases
 
-        extent = cell if self.region_scale is None else np.minimum(volume, view * self.region_scale)
+        extent = cell if self.region_scale is None else _fit(view * self.region_scale, volume)
         # Regions lie inside the window where they fit, otherwise around it inside the volume.
         room = np.maximum(size, extent)
         lower = np.clip(start, 0, volume - room)
