@@ -95,6 +95,8 @@ class PretrainMethod(nn.Module, ABC):
 
     name: ClassVar[str]
     transfers: tuple[str, ...] = ("encoder",)
+    # U-Nets of dynamic-network-architectures; their common attributes have no type.
+    network: Any
 
     def __init__(self, network: nn.Module, config: PretrainConfig) -> None:
         super().__init__()
@@ -195,9 +197,10 @@ def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         raise ValueError(f"{cls.__name__} has no option {', '.join(unknown)}; options are {', '.join(sorted(fields))}")
     arguments = {}
     for name, value in values.items():
-        default = getattr(cls, name, None)
-        if dataclasses.is_dataclass(default) and isinstance(value, dict):
-            value = type(default)(**{k: _frozen(v) for k, v in value.items()})
+        factory = fields[name].default_factory
+        if isinstance(value, dict) and factory is not dataclasses.MISSING:
+            # A nested dataclass, such as the ranges of the transformations.
+            value = type(factory())(**{k: _frozen(v) for k, v in value.items()})
         arguments[name] = _frozen(value)
     return cls(**arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +25,17 @@ def check_unet(network: nn.Module) -> None:
         )
 
 
-def total_stride(network: nn.Module) -> tuple[int, ...]:
+def total_stride(network: Any) -> tuple[int, ...]:
     """Voxels of the input that one voxel of the bottleneck covers, for each axis."""
     return tuple(int(s) for s in np.prod(np.array(network.encoder.strides), axis=0))
 
 
-def encoder_channels(network: nn.Module) -> list[int]:
+def encoder_channels(network: Any) -> list[int]:
     """Channels of the encoder's stages, from the highest resolution to the bottleneck."""
     return list(network.encoder.output_channels)
 
 
-def decoder_features(decoder: nn.Module, skips: Sequence[Tensor]) -> list[Tensor]:
+def decoder_features(decoder: Any, skips: Sequence[Tensor]) -> list[Tensor]:
     """Run the decoder's stages without the segmentation layers.
 
     Args:

@@ -35,7 +35,7 @@ class Projector(nn.Sequential):
         super().__init__(*layers, nn.Linear(hidden_features, out_features))
 
 
-def pooled_descriptor(features: Sequence[Tensor], bins: Sequence[int]) -> Tensor:
+def pooled_descriptor(features: Sequence[Tensor], bins: tuple[int, int, int]) -> Tensor:
     """Concatenate feature maps, each averaged in a grid of spatial bins.
 
     ``bins = (1, 1, 1)`` is global average pooling (VoCo, STC3D's paper). A map with fewer voxels than bins along an
@@ -48,7 +48,7 @@ def pooled_descriptor(features: Sequence[Tensor], bins: Sequence[int]) -> Tensor
     Returns:
         ``(N, sum_i C_i * prod(bins))``
     """
-    return torch.cat([F.adaptive_avg_pool3d(f, tuple(bins)).flatten(1) for f in features], dim=1)
+    return torch.cat([F.adaptive_avg_pool3d(f, bins).flatten(1) for f in features], dim=1)
 
 
 def sample_features(features: Sequence[Tensor], points: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def plot_views(sample: Sample, names: list[str], n_bases: int, spacing: tuple[fl
     columns = 8
     rows = -(-shown // columns)
     figure = plt.figure(figsize=(16, 5 + 2.1 * rows), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[5, 2.1 * rows])
+    top, bottom = np.asarray(figure.subfigures(2, 1, height_ratios=[5, 2.1 * rows])).flat
     for axis, (title, normal) in zip(top.subplots(1, 3), _PLANES):
         rest = [a for a in range(3) if a != normal]
         axis.imshow(

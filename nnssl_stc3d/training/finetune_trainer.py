@@ -31,7 +31,7 @@ class FinetuneTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)  # type: ignore[arg-type]
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay
         self.num_epochs = self.epochs

@@ -19,7 +19,7 @@ class PretrainLogger(LocalLogger):
 
     def __init__(self, verbose: bool = False) -> None:
         super().__init__(verbose)
-        self.my_fantastic_logging = {key: [] for key in _BASIC}
+        self.my_fantastic_logging: dict[str, list[float]] = {key: [] for key in _BASIC}
 
     def log(self, key: str, value: Any, epoch: int) -> None:
         """Log a value; earlier epochs that did not report the key count as not a number."""

@@ -55,6 +55,11 @@ class PretrainTrainer(nnUNetTrainer):
 
     method_class: type[PretrainMethod]
     config: PretrainConfig
+    # nnU-Net's attributes, which it sets without a type.
+    network: Any
+    was_initialized: bool
+    current_epoch: int
+    _best_ema: float | None
     epochs = 400
     steps_per_epoch = 250
     validation_steps = 10
@@ -68,7 +73,7 @@ class PretrainTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         _check_configuration(plans, configuration)
-        super().__init__(plans, configuration, fold, dataset_json, device)  # type: ignore[arg-type]
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.logger.local_logger = PretrainLogger()
         self.initial_lr = self.config.learning_rate
         self.weight_decay = self.config.weight_decay
@@ -247,8 +252,8 @@ class PretrainTrainer(nnUNetTrainer):
             values = {k: float(v) for k, v in terms.items() if v.ndim == 0}
             raise RuntimeError(
                 f"the loss is not finite ({values}) in epoch {self.current_epoch}, step {self.lr_scheduler.iteration}, "
-                f"for the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they are "
-                "fine, lower the learning rate, or continue from the last checkpoint with --c."
+                f"for the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they "
+                "are fine, lower the learning rate, or continue from the last checkpoint with --c."
             )
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if self.grad_scaler is not None:
@@ -402,7 +407,7 @@ class PretrainTrainer(nnUNetTrainer):
         current = self.config.to_dict()
         changed = [f"{k}: {saved['config'].get(k)} -> {v}" for k, v in current.items() if saved["config"].get(k) != v]
         if changed:
-            self.print_to_log_file(f"WARNING: continuing with other options than the run began with: {'; '.join(changed)}")
+            self.print_to_log_file(f"WARNING: continuing with options that differ from before: {'; '.join(changed)}")
         state = {f"network.{k}": v for k, v in checkpoint["network_weights"].items()} | checkpoint["method_state"]
         try:
             self.method.load_state_dict(state)

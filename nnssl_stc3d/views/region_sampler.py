@@ -27,7 +27,7 @@ _SMALLEST_UNIFORM_SHRINK = 0.5
 
 
 def _fit(extent: np.ndarray, volume: np.ndarray) -> np.ndarray:
-    """Shrink a box into a volume: alike along all axes, so that anatomy keeps its shape, down to half; then as needed."""
+    """Shrink a box into a volume: alike along all axes to keep the anatomy's shape, down to half; then as needed."""
     shrink = max(_SMALLEST_UNIFORM_SHRINK, min(1.0, float((volume / extent).min())))
     return np.minimum(volume, extent * shrink)
 

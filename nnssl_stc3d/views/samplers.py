@@ -247,7 +247,7 @@ def to_sampled(
         lower, upper = (center - half)[mine].amin(0), (center + half)[mine].amax(0)
         start = tuple(max(0, min(floor(v), n - 1)) for v, n in zip(lower.tolist(), shape))
         stop = tuple(min(n, max(ceil(v) + 1, s + 1)) for v, n, s in zip(upper.tolist(), shape, start))
-        boxes.append((start, stop))  # type: ignore[arg-type]
+        boxes.append((start, stop))
         center[mine] -= torch.tensor(start, dtype=center.dtype)
     return Sampled(boxes, ViewSpecs(source, center, matrix))
 
