@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+def info_nce(z1: Tensor, z2: Tensor, temperature: float, groups: Tensor | None = None) -> Tensor:
     """InfoNCE between two sets of corresponding embeddings, mean over all ``2 N`` anchors, self excluded.
 
     For anchor ``i`` with partner ``j``: ``-log(exp(s_ij / t) / sum_{k != i} exp(s_ik / t))`` with cosines ``s``
@@ -17,6 +17,7 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
         z1: ``(N, D)`` embeddings; row ``i`` corresponds to row ``i`` of ``z2``.
         z2: ``(N, D)``.
         temperature: tau > 0.
+        groups: ``(N,)`` integers; if given, only pairs of one group are negatives of each other.
 
     Returns:
         Scalar, float32 or wider.
@@ -30,6 +31,9 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     index = torch.arange(2 * n, device=z1.device)
     positives = index[:, None] == (index + n) % (2 * n)
     negatives = (index[:, None] != index) & ~positives
+    if groups is not None:
+        both = groups.repeat(2)
+        negatives &= both[:, None] == both
     return masked_info_nce(torch.cat((z1, z2)), positives, negatives, temperature)
 
 

@@ -56,6 +56,8 @@ class STC3DConfig(PretrainConfig):
         dense_weight: of L_dense, voxel-level InfoNCE over the decoder's pyramid; above 0 the decoder is trained too.
         dense_points: corresponding points for each pair of views.
         dense_temperature: tau of L_dense.
+        dense_negatives: "batch" takes the points of all volumes as negatives, "volume" those of the same volume only, so
+            that the same anatomy of two subjects is not pushed apart.
         dense_dim: width of the voxel embedding and its hidden layers.
     """
 
@@ -82,6 +84,7 @@ class STC3DConfig(PretrainConfig):
     dense_weight: float = 1.0
     dense_points: int = 64
     dense_temperature: float = 0.1
+    dense_negatives: str = "batch"
     dense_dim: int = 128
 
     def __post_init__(self) -> None:
@@ -93,6 +96,7 @@ class STC3DConfig(PretrainConfig):
             reg_form=REGULARISERS,
             info_nce_on=("views", "bins"),
             descriptor_stages=("encoder", "bottleneck"),
+            dense_negatives=("batch", "volume"),
         )
         positive(self, "base_scale", "regions", "temperature", "projector_hidden", "projector_dim", "dense_points")
         positive(self, "dense_temperature", "dense_dim", "reg_margin")
@@ -199,7 +203,8 @@ class STC3D(PretrainMethod):
         if config.dense_weight > 0:
             maps = [moved[-1], *decoder_features(self.network.decoder, moved)]
             first, second = self._at_points(maps, self.dense_projector, batch, "points")
-            terms["dense"] = info_nce(first, second, config.dense_temperature)
+            groups = _volumes(batch.targets["points_inside"]) if config.dense_negatives == "volume" else None
+            terms["dense"] = info_nce(first, second, config.dense_temperature, groups)
             result["voxel_retrieval"] = _retrieval(first, second)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         weights = {
@@ -248,6 +253,12 @@ class STC3D(PretrainMethod):
         descriptors = descriptors.unflatten(0, points.shape[:3]).transpose(2, 3).flatten(0, 2)[inside]
         embeddings = projector(descriptors.flatten(0, 1)).unflatten(0, (-1, 2))
         return embeddings[:, 0], embeddings[:, 1]
+
+
+def _volumes(inside: Tensor) -> Tensor:
+    """The volume of each point that both views see, ``(B, pairs, P) -> (N,)``."""
+    volume = torch.arange(len(inside), device=inside.device)[:, None, None]
+    return volume.expand_as(inside)[inside]
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ class FinetuneTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build the network; nnU-Net loads ``-pretrained_weights`` right afterwards, through our loader."""
         super().initialize()
-        use_reporting_loader(self.plans_manager.plans, self.configuration_name)
+        use_reporting_loader(self.plans_manager.plans, self.configuration_name, self.print_to_log_file)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupSchedule]:
         """AdamW and a schedule that changes the learning rate at every step."""
