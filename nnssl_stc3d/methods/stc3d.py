@@ -56,8 +56,8 @@ class STC3DConfig(PretrainConfig):
         dense_weight: of L_dense, voxel-level InfoNCE over the decoder's pyramid; above 0 the decoder is trained too.
         dense_points: corresponding points for each pair of views.
         dense_temperature: tau of L_dense.
-        dense_negatives: "batch" takes the points of all volumes as negatives, "volume" those of the same volume only, so
-            that the same anatomy of two subjects is not pushed apart.
+        dense_negatives: "batch" takes the points of all volumes as negatives, "volume" those of the same volume only,
+            so that the same anatomy of two subjects is not pushed apart.
         dense_dim: width of the voxel embedding and its hidden layers.
     """
 
