@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from nnssl_stc3d.cli.trainers import trainers_folder
 
 
 def run_look_up(folder: str, name: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Lets nnU-Net look for a trainer in a process of its own, pickling the class's base as loader workers do."""
+    """Lets nnU-Net look for a trainer in a process of its own."""
     script = (
         "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find\n"
         f"print('FOUND', find({name!r}).__name__)"
@@ -56,6 +57,32 @@ def test_clone_that_is_not_installed_prints_its_own_folder(repository):
         [sys.executable, "-m", "nnssl_stc3d", "trainers"], capture_output=True, text=True, cwd=repository
     )
     assert Path(result.stdout.strip()) == repository / "trainers", result.stderr
+
+
+def test_nnunet_finds_the_trainers_of_a_clone_that_is_not_installed(repository, tmp_path):
+    # A finder in front that hides every installed copy, so that only sys.path entries outside site-packages count.
+    script = """
+        import sys
+        from importlib.machinery import PathFinder
+        class NotInstalled:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name != "nnssl_stc3d":
+                    return None
+                spec = PathFinder.find_spec(name, [entry for entry in sys.path if "site-packages" not in entry])
+                if spec is None or spec.origin is None:
+                    raise ModuleNotFoundError("not installed", name=name)
+                return spec
+        sys.meta_path.insert(0, NotInstalled)
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
+        print("FOUND", find("STC3DPretrainTrainer").__name__, "in", sys.modules["nnssl_stc3d"].__file__)
+    """
+    environment = {**os.environ, "nnUNet_extTrainer": str(repository / "trainers")}
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert f"FOUND STC3DPretrainTrainer in {repository / 'nnssl_stc3d'}" in result.stdout, result.stderr
 
 
 def test_missing_folder_is_explained(monkeypatch, tmp_path, capsys):
