@@ -116,6 +116,9 @@ def batches(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
+        # A loader draws a seed for its workers. From the global generator, that would change the dropout of a resumed
+        # run, which makes its loader after it has restored the generator's state.
+        generator=torch.Generator(),
     )
 
 
