@@ -209,7 +209,7 @@ def controlled_view(
     region = _specs(center[None], matrix[None])
     for draw in range(_MAX_DRAWS):
         strength = 1 - draw / _MAX_DRAWS
-        drawn = matrix @ transformation(_scaled(ranges, strength), spacing, in_plane, rng)
+        drawn = transformation(_scaled(ranges, strength), spacing, in_plane, rng) @ matrix
         shift = rng.uniform(-1, 1, size=3) * ranges.translation * strength
         half = np.abs(drawn) @ (np.asarray(view_shape) / 2)
         fit = min(1.0, float((limit / half).min()))
