@@ -183,7 +183,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_xticks(range(len(labels)), [str(n) for n in labels])
         axis.set_xlabel("labelled cases")
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(loc="lower right")
+        axis.legend()
     axes[0][0].set_ylabel("Dice (%)")
     figure.suptitle("Mean with 95 % interval over draws; one dot per draw", fontsize=9)
     figure.tight_layout()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -10,20 +11,18 @@ from torch import Tensor
 
 from nnssl_stc3d.views.spec import ViewSpecs
 
-
-def view_grid(view_shape: Sequence[int], like: Tensor) -> Tensor:
-    """Offsets of all voxels of a view from its centre, ``(Z, Y, X, 3)`` in view voxels."""
-    axes = [torch.arange(n, dtype=like.dtype, device=like.device) - (n - 1) / 2 for n in view_shape]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+# The grid of one 64^3 view: 3 MiB.
+_CPU_POINTS_AT_ONCE = 2**18
 
 
 @torch.no_grad()
 def render_views(sources: Tensor, specs: ViewSpecs, view_shape: Sequence[int]) -> Tensor:
     """Look at the sources through the views.
 
-    Rotation, translation, scaling and cropping are composed in ``specs``; each view is interpolated once. Coordinates
-    are computed in float32 at least, outside autocast (in float16 they would be off by 0.06 voxel beyond index 128).
-    Positions up to half a voxel outside the outermost voxel centres take the border's value.
+    Rotation, translation, scaling and cropping are composed in ``specs``; each view is interpolated once, on a
+    GPU all views of one source in one call. Coordinates are computed in float32 at least, outside autocast (in float16
+    they would be off by 0.06 voxel beyond index 128). Positions up to half a voxel outside the outermost voxel centres
+    take the border's value.
 
     Args:
         sources: ``(B, S, C, Z, Y, X)`` float, ``S`` source volumes of each of ``B`` samples.
@@ -47,27 +46,45 @@ def render_views(sources: Tensor, specs: ViewSpecs, view_shape: Sequence[int]) -
             f"specs.source must lie in 0..{n_sources - 1}, got {int(specs.source.min())}..{int(specs.source.max())}"
         )
     dtype = torch.promote_types(sources.dtype, torch.float32)
+    # On the CPU a grid that fits into its caches is faster than one for all views, and small.
+    at_once = max(1, _CPU_POINTS_AT_ONCE // prod(view_shape)) if sources.device.type == "cpu" else max(1, n_views)
+    selected, center, matrix = (field.cpu() for field in specs)
     with torch.autocast(sources.device.type, enabled=False):
-        matrix, center = specs.matrix.to(sources.device, dtype), specs.center.to(sources.device, dtype)
-        offsets = view_grid(view_shape, matrix).reshape(-1, 3)
-        size = torch.tensor(shape, dtype=dtype, device=sources.device)
         views = sources.new_empty((batch, n_views, channels, *view_shape))
         for b in range(batch):
-            points = torch.addmm(center[b].reshape(-1, 1), matrix[b].reshape(-1, 3), offsets.T)
-            points = points.reshape(n_views, 3, -1).transpose(1, 2)
-            extent, volume = size, sources[b, 0]
-            if n_sources > 1:
-                # Sources stacked along z serve all views with one interpolation; clamping first keeps a view from
-                # seeing its neighbour in the stack.
-                points = points.clamp(min=torch.zeros_like(size), max=size - 1)
-                shift = specs.source[b].to(sources.device, dtype) * size[0]
-                points = torch.cat((points[..., :1] + shift[:, None, None], points[..., 1:]), dim=-1)
-                volume = sources[b].transpose(0, 1).reshape(channels, n_sources * shape[0], *shape[1:])
-                extent = size * size.new_tensor([n_sources, 1, 1])
-            # align_corners: -1 and 1 are the centres of the first and the last voxel; a single voxel sits at 0.
-            grid = points * (2 / (extent - 1).clamp(min=1)) - (extent > 1).to(dtype)
-            grid = grid.flip(-1).reshape(n_views, *view_shape, 3)
-            views[b] = F.grid_sample(
-                volume.to(dtype).expand(n_views, *volume.shape), grid, "bilinear", "border", align_corners=True
-            )
+            for index in selected[b].unique().tolist():
+                volume = sources[b, index].to(dtype)
+                for mine in (selected[b] == index).nonzero()[:, 0].split(at_once):
+                    grid = _sampling_grid(center[b, mine], matrix[b, mine], shape, view_shape, sources.device, dtype)
+                    views[b, mine.to(sources.device)] = F.grid_sample(
+                        volume.expand(len(mine), *volume.shape), grid, "bilinear", "border", align_corners=True
+                    ).to(views.dtype)
     return views
+
+
+def _sampling_grid(
+    center: Tensor, matrix: Tensor, shape: Sequence[int], view_shape: Sequence[int], device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Positions of all view voxels for ``grid_sample``, ``(V, Z, Y, X, 3)`` in (x, y, z) order, ``align_corners=True``.
+
+    An affine map of a grid is a sum of one term per axis, so that the work per voxel is two additions; the terms are
+    computed in float64.
+
+    Args:
+        center: ``(V, 3)`` source voxels.
+        matrix: ``(V, 3, 3)``.
+        shape: ``(Z, Y, X)`` of the source.
+        view_shape: ``(Z, Y, X)`` of the views.
+        device: of the result.
+        dtype: of the result.
+    """
+    size = torch.tensor(shape, dtype=torch.float64)
+    # align_corners: -1 and 1 are the centres of the first and the last voxel; a single voxel sits at 0.
+    factor = 2 / (size - 1).clamp(min=1)
+    origin = (center * factor - (size > 1).double()).flip(-1)
+    columns = (matrix * factor[:, None]).flip(-2)
+    offsets = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in view_shape]
+    z, y, x = (offset[:, None] * columns[:, None, :, axis] for axis, offset in enumerate(offsets))
+    z, y, x = (term.to(device, dtype) for term in (z + origin[:, None], y, x))
+    return (z[:, :, None] + y[:, None])[:, :, :, None] + x[:, None, None]
