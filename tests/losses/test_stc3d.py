@@ -58,7 +58,7 @@ def test_no_overlap_is_a_bounded_discrepancy():
     far = torch.eye(4, dtype=torch.float64).requires_grad_()
     loss = overlap_weighted(far, apart, 1.0)
     loss.backward()
-    assert float(loss) == 0 and not far.grad.any()
+    assert loss.item() == 0 and not far.grad.any()
 
 
 @pytest.mark.parametrize(("overlap", "closer"), [(1.0, True), (0.0, False)])
@@ -98,7 +98,7 @@ def test_a_single_view_has_nothing_to_differ_from():
     z = embeddings(2, 1, 4).requires_grad_()
     loss = overlap_weighted(z, torch.ones(2, 1, 1)) + eq12(z)
     loss.backward()
-    assert float(loss) == pytest.approx(0, abs=1e-12) and z.grad.abs().max() < 1e-12
+    assert loss.item() == pytest.approx(0, abs=1e-12) and z.grad.abs().max() < 1e-12
 
 
 def test_gradients_are_those_of_the_functions():

@@ -125,11 +125,11 @@ def test_a_view_that_is_entirely_wrong_stays_finite(form, dtype):
     loss.backward()
     assert logits.grad.isfinite().all()
     if form == "official":
-        assert float(loss) == pytest.approx(13.815496742467532, rel=1e-6)
+        assert loss.item() == pytest.approx(13.815496742467532, rel=1e-6)
         # The wrong view is still pulled towards its base.
         assert logits.grad[0, 0] < 0
     else:
-        assert float(loss) == pytest.approx(-math.log(1e-6) / 16, rel=1e-6)
+        assert loss.item() == pytest.approx(-math.log(1e-6) / 16, rel=1e-6)
 
 
 @pytest.mark.parametrize("form", ["official", "paper"])
@@ -140,7 +140,7 @@ def test_views_outside_all_bases_stay_finite(form, value):
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
     if value == 0:
-        assert float(loss) == pytest.approx(0, abs=1e-5)
+        assert loss.item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["official", "paper"])
@@ -164,7 +164,7 @@ def test_identical_embeddings_keep_finite_gradients():
 def test_the_released_discrepancy_and_its_gradient():
     bases = wave((16, 8), 0.3, 0.5).requires_grad_()
     loss = base_discrepancy(bases, "official")
-    assert float(loss) == pytest.approx(0.10068476666167409, rel=1e-9)
+    assert loss.item() == pytest.approx(0.10068476666167409, rel=1e-9)
     loss.backward()
     norms = [
         0.008220420245910217, 0.00825907943871305, 0.005265444027515126, 0.009893373414091718, 0.0041695407380840524,
