@@ -211,7 +211,7 @@ def check_shared_memory() -> Iterator[Check]:
         return
     size = shutil.disk_usage(folder).total / 2**30
     if size < MINIMUM_SHARED_MEMORY_GIB:
-        fix = "start the container with --shm-size=8g, or export nnUNet_n_proc_DA=0"
+        fix = "start the container with --shm-size=8g, or set nnUNet_n_proc_DA=0 for nnUNetv2_train"
         yield Check(WARNING, str(folder), f"{size:.2f} GiB, loader workers may die", fix)
     else:
         yield Check(OK, str(folder), f"{size:.1f} GiB")
