@@ -200,7 +200,7 @@ def config_from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         factory = fields[name].default_factory
         if isinstance(value, dict) and factory is not dataclasses.MISSING:
             # A nested dataclass, such as the ranges of the transformations.
-            value = type(factory())(**{k: _frozen(v) for k, v in value.items()})
+            value = config_from_dict(type(factory()), value)
         arguments[name] = _frozen(value)
     return cls(**arguments)
 

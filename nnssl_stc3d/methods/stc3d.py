@@ -270,5 +270,7 @@ def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def _retrieval(first: Tensor, second: Tensor) -> Tensor:
     """Share of voxels whose nearest embedding among the points of the other views is their own point."""
+    if not len(first):
+        return first.new_zeros(())
     similarity = nn.functional.normalize(first.float(), dim=1) @ nn.functional.normalize(second.float(), dim=1).T
     return (similarity.argmax(1) == torch.arange(len(first), device=first.device)).float().mean()
