@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         usage = f'safetensors.torch.load_file("{written}")'
     else:
         written = export_stock_trainer(args.checkpoint, args.output, overwrite=args.overwrite)
-        usage = f"nnUNetv2_predict_from_modelfolder -i IN -o OUT -m {written}"
+        folds = " ".join(sorted(folder.name.removeprefix("fold_") for folder in written.glob("fold_*")))
+        usage = f"nnUNetv2_predict_from_modelfolder -i IN -o OUT -m {written} -f {folds}"
     print(f"Wrote {written}\nUse it with: {usage}")
     return 0
