@@ -1,0 +1,1 @@
+"""Measures what a pretraining is worth, and shows it."""

@@ -1,0 +1,1 @@
+"""Makes data and plans ready for pretraining."""
