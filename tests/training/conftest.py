@@ -64,6 +64,8 @@ def make_trainer(nnunet, tiny_plans, tiny_dataset_json) -> Callable[..., Any]:
         torch.manual_seed(0)
         # nnUNetv2_train puts this key into the plans and the trainer takes it out again.
         plans = {**(plans or tiny_plans()), "continue_training": False}
+        for settings in plans["configurations"].values():
+            settings.setdefault("batch_dice", False)
         return trainer(plans, configuration, fold, tiny_dataset_json(channels), torch.device("cpu"))
 
     return make

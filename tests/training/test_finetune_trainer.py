@@ -1,0 +1,95 @@
+"""The finetuning trainer's optimiser, schedule and checkpoints."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from nnunetv2.run import run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
+
+
+@pytest.fixture
+def trainer(make_trainer, monkeypatch):
+    # What the test process imported must not be changed for the tests that follow.
+    monkeypatch.setattr(run_training, "load_pretrained_weights", run_training.load_pretrained_weights)
+    return make_trainer(FinetuneTrainer, fold=0)
+
+
+def test_optimiser_and_length_are_the_papers(trainer):
+    """A.3.3: AdamW, 3e-4, weight decay 1e-5, warm-up of 100 steps, cosine."""
+    trainer.initialize()
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    (group,) = trainer.optimizer.param_groups
+    assert group["lr"] == 3e-4 and group["weight_decay"] == 1e-5
+    assert trainer.num_epochs == 1000 and trainer.num_iterations_per_epoch == 250
+    schedule = trainer.lr_scheduler
+    assert schedule.total == 250_000 and schedule.warmup == 100 and schedule.shape == "cosine"
+    assert schedule.learning_rate(99) == pytest.approx(3e-4)
+
+
+def test_all_parameters_are_finetuned(trainer):
+    trainer.initialize()
+    assert all(p.requires_grad for p in trainer.network.parameters())
+    optimised = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert optimised == {id(p) for p in trainer.network.parameters()}
+
+
+def test_the_learning_rate_changes_at_every_step(trainer, monkeypatch):
+    trainer.initialize()
+    rates = []
+    monkeypatch.setattr(
+        nnUNetTrainer,
+        "train_step",
+        lambda self, batch: rates.append(self.optimizer.param_groups[0]["lr"]) or {"loss": 0},
+    )
+    trainer.on_train_epoch_start()
+    for _ in range(3):
+        assert trainer.train_step({}) == {"loss": 0}
+    assert rates == pytest.approx([3e-6, 6e-6, 9e-6])
+
+
+def test_pretrained_weights_go_through_our_loader_once(trainer, pretraining_checkpoint, tiny_plans, tmp_path):
+    original = run_training.load_pretrained_weights
+    trainer.initialize()
+    ours = sys.modules["nnunetv2.run.run_training"].load_pretrained_weights
+    assert ours is not original
+    checkpoint = pretraining_checkpoint(tiny_plans())
+    torch.save(checkpoint, tmp_path / "pretrained.pth")
+    ours(trainer.network, str(tmp_path / "pretrained.pth"), verbose=True)
+    assert run_training.load_pretrained_weights is original
+    state = trainer.network.state_dict()
+    for key, value in checkpoint["network_weights"].items():
+        if ".seg_layers." not in key:
+            assert torch.equal(state[key], value), key
+    log = open(trainer.log_file).read()
+    assert "tensors loaded" in log and "adapted" in log and "fresh: decoder.seg_layers" in log
+
+
+def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, monkeypatch, tmp_path):
+    trainer.initialize()
+    path = tmp_path / "checkpoint_latest.pth"
+    trainer.save_checkpoint(str(path))
+    before = path.read_bytes()
+    assert torch.load(path, weights_only=False)["trainer_name"] == "FinetuneTrainer"
+
+    def full(value, file):
+        with open(file, "wb") as opened:
+            opened.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_bytes() == before
+    assert not path.with_name("checkpoint_latest.pth.tmp").exists()
+
+
+def test_nothing_is_written_when_checkpointing_is_disabled(trainer, tmp_path):
+    trainer.initialize()
+    trainer.disable_checkpointing = True
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+    assert not list(tmp_path.glob("checkpoint*"))

@@ -1,0 +1,463 @@
+"""nnU-Net's trainer around a method, in one process; whole runs are in ``tests/integration``."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+from dataclasses import dataclass, replace
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.nn.parallel import DistributedDataParallel
+
+from nnssl_stc3d.methods.base import config_from_dict
+from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
+from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer, with_epochs
+
+
+def started(trainer):
+    trainer.on_train_start()
+    return trainer
+
+
+def steps(trainer, count):
+    trainer.on_train_epoch_start()
+    return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(count)]
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.method.state_dict().items()}
+
+
+# ---- what nnU-Net expects of a trainer ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", [PretrainTrainer, FinetuneTrainer])
+def test_the_constructor_is_nnunets(trainer):
+    """Other parameters make nnU-Net's constructor fail, which looks each of them up among its own."""
+    signature = inspect.signature(trainer.__init__)
+    assert list(signature.parameters) == ["self", "plans", "configuration", "fold", "dataset_json", "device"]
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values())
+    assert issubclass(trainer, nnUNetTrainer)
+
+
+def test_variants_are_named_like_nnunets_and_differ_in_their_epochs_only(tiny_trainer):
+    one, five = with_epochs(tiny_trainer, 1), with_epochs(tiny_trainer, 5)
+    assert (one.__name__, one.epochs) == ("TinyTrainer_1epoch", 1)
+    assert (five.__name__, five.epochs) == ("TinyTrainer_5epochs", 5)
+    assert five.config is tiny_trainer.config and five.__module__ == tiny_trainer.__module__
+
+
+def test_prediction_is_refused_with_the_command_that_finetunes():
+    with pytest.raises(RuntimeError, match=r"(?s)Finetune it first.*nnUNetv2_train.*-pretrained_weights"):
+        PretrainTrainer.build_network_architecture(None, None, 1, 2, enable_deep_supervision=False)
+
+
+# ---- refusals before any work ---------------------------------------------------------------------------------------
+
+
+def test_2d_is_not_supported(make_trainer, tiny_plans, tmp_path):
+    plans = tiny_plans()
+    plans["configurations"]["2d"] = {**plans["configurations"]["3d_fullres"], "patch_size": [32, 32]}
+    with pytest.raises(NotImplementedError, match="2d has patches of 2 dimensions. Use 3d_fullres"):
+        make_trainer(plans=plans, configuration="2d")
+    assert not any((tmp_path / "nnUNet_results").iterdir())
+
+
+def test_cascades_are_not_supported(make_trainer, tiny_plans, tmp_path):
+    plans = tiny_plans()
+    fullres = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["3d_lowres"] = {**fullres, "next_stage": "3d_cascade_fullres"}
+    plans["configurations"]["3d_cascade_fullres"] = {**fullres, "previous_stage": "3d_lowres"}
+    with pytest.raises(NotImplementedError, match="cascade.*3d_lowres"):
+        make_trainer(plans=plans, configuration="3d_cascade_fullres")
+    assert not any((tmp_path / "nnUNet_results").iterdir())
+    make_trainer(plans=plans, configuration="3d_lowres")
+
+
+def test_a_dataset_that_is_not_preprocessed(make_trainer, nnunet):
+    for file in nnunet.iterdir():
+        file.unlink()
+    nnunet.rmdir()
+    with pytest.raises(FileNotFoundError, match="nnUNetv2_preprocess -d Dataset801_Unlabelled -plans_name nnUNetPlans"):
+        make_trainer().initialize()
+
+
+def test_an_empty_preprocessed_folder(make_trainer, nnunet):
+    for file in nnunet.iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no case(.|\n)*nnUNetv2_plan_and_preprocess"):
+        make_trainer().on_train_start()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rte": 1}, "has no option learning_rte; options are .*learning_rate"),
+        ({"optimizer": "lion"}, "optimizer must be one of .*adamw.*got 'lion'"),
+        ({"batch_size": 0}, "batch_size must be positive, got 0"),
+    ],
+)
+def test_unknown_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_dict(STC3DConfig, options)
+
+
+def test_a_view_shape_that_does_not_fit_the_network_names_one_that_does(make_trainer, tiny_trainer):
+    class Odd(tiny_trainer):
+        config = replace(tiny_trainer.config, view_shape=(15, 16, 16))
+
+    with pytest.raises(ValueError, match=r"view_shape \(15, 16, 16\).*nearest is \(16, 16, 16\)"):
+        make_trainer(Odd).initialize()
+
+
+def test_a_network_without_encoder_and_decoder_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setattr(nnUNetTrainer, "build_network_architecture", staticmethod(lambda *_: torch.nn.Conv3d(1, 1, 1)))
+    with pytest.raises(NotImplementedError, match="supports PlainConvUNet and ResidualEncoderUNet, got Conv3d"):
+        make_trainer().initialize()
+
+
+def test_unusable_cases_are_named_before_the_first_step(make_trainer, nnunet):
+    image = np.full((1, 20, 20, 20), np.nan, np.float32)
+    blosc2.asarray(image, urlpath=str(nnunet / "case_3.b2nd"), mode="w")
+    blosc2.asarray(np.zeros_like(image), urlpath=str(nnunet / "case_5.b2nd"), mode="w")
+    with pytest.raises(ValueError, match=r"(?s)2 case\(s\).*case_3 holds NaN.*case_5 is constant"):
+        make_trainer().on_train_start()
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture_name", ["PlainConvUNet", "ResidualEncoderUNet"])
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_step_trains_what_is_transferred_and_nothing_else(
+    make_trainer, tiny_trainer, tiny_plans, architecture_name, paper
+):
+    class Trainer(tiny_trainer):
+        config = STC3DConfig.paper() if paper else tiny_trainer.config
+        config = replace(config, batch_size=2, grid=(1, 2, 2), projector_hidden=8, projector_dim=4)
+
+    trainer = started(make_trainer(Trainer, tiny_plans(architecture_name)))
+    before = weights(trainer)
+    outputs = steps(trainer, 2)
+    changed = {k for k, v in weights(trainer).items() if not torch.equal(v, before[k])}
+    assert all(np.isfinite(v) for o in outputs for v in o.values())
+    assert not any(".seg_layers." in k for k in changed)
+    own_decoder = [k for k in before if k.startswith("network.decoder.") and "decoder.encoder" not in k]
+    own_decoder = [k for k in own_decoder if ".seg_layers." not in k]
+    assert any(k.startswith("network.encoder.") for k in changed)
+    assert any(k in changed for k in own_decoder) != paper
+    assert trainer.method.transfers == (("encoder",) if paper else ("encoder", "decoder"))
+    state = trainer.method.network.state_dict()
+    for key, value in state.items():
+        if key.startswith("encoder."):
+            assert torch.equal(value, state[f"decoder.{key}"]), key
+
+
+def test_the_same_seed_gives_the_same_run(make_trainer):
+    first, second = started(make_trainer()), started(make_trainer())
+    assert steps(first, 2) == steps(second, 2)
+    for key, value in weights(first).items():
+        assert torch.equal(value, weights(second)[key]), key
+
+
+def test_validation_repeats_its_views_and_changes_nothing(make_trainer):
+    trainer = started(make_trainer())
+    before = weights(trainer)
+    outputs = []
+    for _ in range(2):
+        trainer.on_validation_epoch_start()
+        with torch.no_grad():
+            outputs.append(trainer.validation_step(next(trainer.dataloader_val)))
+    assert outputs[0]["loss"] == outputs[1]["loss"]
+    assert all(torch.equal(v, before[k]) for k, v in weights(trainer).items())
+
+
+def test_a_loss_that_is_not_finite_names_the_cases(make_trainer):
+    trainer = started(make_trainer())
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    with torch.no_grad():
+        next(p for p in trainer.method.network.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(RuntimeError) as error:
+        trainer.train_step(batch)
+    message = str(error.value)
+    assert "the loss is not finite" in message and "epoch 0, step 0" in message and "--c" in message
+    for names in batch.cases:
+        assert names[0] in message
+
+
+def test_gradients_are_clipped(make_trainer, tiny_trainer, monkeypatch):
+    norms = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit, *args):
+        parameters = list(parameters)
+        original(parameters, limit, *args)
+        norms.append((limit, torch.cat([p.grad.flatten() for p in parameters]).norm()))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+
+    class Clipped(tiny_trainer):
+        config = replace(tiny_trainer.config, gradient_clip=1e-3)
+
+    steps(started(make_trainer(Clipped)), 1)
+    assert norms[0][0] == 1e-3 and norms[0][1] <= 1.001e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "expected"),
+    [
+        ({}, torch.optim.AdamW, {"weight_decay": 1e-2, "betas": (0.9, 0.999), "amsgrad": False}),
+        ({"optimizer": "adam", "amsgrad": True}, torch.optim.Adam, {"amsgrad": True}),
+        ({"optimizer": "sgd", "momentum": 0.99}, torch.optim.SGD, {"momentum": 0.99, "nesterov": True}),
+        ({"optimizer": "sgd", "momentum": 0.0}, torch.optim.SGD, {"momentum": 0.0, "nesterov": False}),
+    ],
+)
+def test_the_optimiser_is_the_one_that_is_configured(make_trainer, tiny_trainer, options, kind, expected):
+    class Trainer(tiny_trainer):
+        config = replace(tiny_trainer.config, **options)
+
+    trainer = make_trainer(Trainer)
+    trainer.initialize()
+    assert type(trainer.optimizer) is kind
+    (group,) = trainer.optimizer.param_groups
+    assert {k: group[k] for k in expected} == expected
+    assert all(p.requires_grad for p in group["params"])
+
+
+def test_one_fold_trains_on_its_training_cases_only(make_trainer, nnunet):
+    trainer = make_trainer(fold=0)
+    trainer.initialize()
+    training, validation = trainer._datasets()
+    splits = json.loads((nnunet.parent / "splits_final.json").read_text())
+    assert training.cases.identifiers == sorted(splits[0]["train"])
+    assert validation.cases.identifiers == sorted(splits[0]["val"])
+    assert not set(training.cases.identifiers) & set(validation.cases.identifiers)
+    everything = make_trainer(fold="all")
+    everything.initialize()
+    assert everything._datasets()[0].cases.identifiers == [f"case_{i}" for i in range(6)]
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("architecture_name", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_every_trained_parameter_gets_a_gradient_under_ddp(
+    make_trainer, tiny_trainer, tiny_plans, one_process_group, monkeypatch, architecture_name, paper
+):
+    """DDP with ``find_unused_parameters=False`` fails in the second step if one does not."""
+
+    class Trainer(tiny_trainer):
+        config = STC3DConfig.paper() if paper else tiny_trainer.config
+        config = replace(config, batch_size=2, grid=(1, 2, 2), projector_hidden=8, projector_dim=4)
+
+    # nnU-Net's constructor would put the trainer on a GPU.
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        trainer = started(make_trainer(Trainer, tiny_plans(architecture_name)))
+    method = trainer.network
+    trainer.network = DistributedDataParallel(method, find_unused_parameters=False)
+    trainer.is_ddp = True
+    assert trainer.method is method
+    before = weights(trainer)
+    outputs = steps(trainer, 2)
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    assert any(not torch.equal(v, before[k]) for k, v in weights(trainer).items())
+    # Logging gathers from all ranks.
+    trainer.on_train_epoch_end(outputs)
+    assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(np.mean([o["loss"] for o in outputs]))
+    # Checkpoints are written without DDP's prefix.
+    trainer._save("checkpoint_latest.pth")
+    saved = torch.load(f"{trainer.output_folder}/checkpoint_latest.pth", weights_only=True)
+    assert not any(k.startswith("module.") for k in {**saved["network_weights"], **saved["method_state"]})
+
+
+@pytest.mark.parametrize(("batch", "world", "share"), [(4, 2, 2), (4, 4, 1), (4, 3, None)])
+def test_the_batch_is_shared_by_all_gpus(make_trainer, tiny_trainer, monkeypatch, batch, world, share):
+    trainer = make_trainer()
+    trainer.config = replace(trainer.config, batch_size=batch)
+    trainer.is_ddp = True
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    if share is None:
+        with pytest.raises(ValueError, match="batch of 4 volumes must be a multiple of the number of GPUs, got 3"):
+            trainer._share_of_batch()
+    else:
+        assert trainer._share_of_batch() == share
+
+
+def test_ranks_see_different_views(make_trainer):
+    first, second = make_trainer(), make_trainer()
+    for rank, trainer in enumerate((first, second)):
+        trainer.initialize()
+        trainer.local_rank = rank
+    a, b = first._datasets()[0][0], second._datasets()[0][0]
+    assert not torch.equal(a.batch.views, b.batch.views)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
+    trainer = started(make_trainer())
+    steps(trainer, 2)
+    # The value types that a run may put there and torch's safe loading refuses.
+    trainer.logger.log("val_losses", np.float64(1.5), 0)
+    trainer._best_ema = np.float32(0.5)
+    trainer.current_epoch = 1
+    trainer._save("checkpoint_latest.pth")
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    saved = torch.load(path, weights_only=True)
+    assert saved["current_epoch"] == 1
+    assert saved["method"]["name"] == "STC3D" and saved["method"]["transfers"] == ["encoder", "decoder"]
+    assert config_from_dict(STC3DConfig, saved["method"]["config"]) == trainer.config
+    assert type(saved["_best_ema"]) is float
+    assert saved["plans"]["plans_name"] == "nnUNetPlans" and "continue_training" not in saved["plans"]
+    assert {"nnssl_stc3d", "nnunetv2", "torch", "python"} <= set(saved["versions"])
+
+    torch.manual_seed(99)
+    other = make_trainer()
+    torch.manual_seed(99)
+    other.load_checkpoint(path)
+    assert other.current_epoch == 1
+    for key, value in weights(trainer).items():
+        assert torch.equal(value, weights(other)[key]), key
+    assert torch.equal(torch.get_rng_state(), saved["rng_state"]["torch"])
+    started(other)
+    started(trainer)
+    assert steps(other, 2) == steps(trainer, 2)
+    for key, value in weights(trainer).items():
+        assert torch.equal(value, weights(other)[key]), key
+
+
+def test_nothing_is_written_when_checkpointing_is_disabled(make_trainer):
+    trainer = started(make_trainer())
+    trainer.disable_checkpointing = True
+    trainer._save("checkpoint_latest.pth")
+    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
+    with pytest.raises(ValueError, match="is not there"):
+        make_trainer().load_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(make_trainer, monkeypatch):
+    trainer = started(make_trainer())
+    trainer._save("checkpoint_latest.pth")
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    before = open(path, "rb").read()
+
+    def full(value, file, *args, **kwargs):
+        file.write(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    steps(trainer, 1)
+    with pytest.raises(RuntimeError, match=r"(?s)No space left on device.*previous file.*untouched.*--c"):
+        trainer._save("checkpoint_latest.pth")
+    assert open(path, "rb").read() == before
+
+
+def test_a_checkpoint_of_another_method_is_refused(make_trainer):
+    trainer = started(make_trainer())
+    trainer._save("checkpoint_latest.pth")
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    saved = torch.load(path, weights_only=True)
+    saved["method"]["name"] = "VoCo"
+    saved["trainer_name"] = "VoCoPretrainTrainer"
+    with pytest.raises(ValueError, match="continues STC3D, but .* written by VoCo. Continue with -tr VoCoPretrain"):
+        make_trainer().load_checkpoint(saved)
+
+
+def test_a_checkpoint_of_another_network_is_refused(make_trainer, tiny_plans):
+    trainer = started(make_trainer())
+    trainer._save("checkpoint_latest.pth")
+    other = make_trainer(plans=tiny_plans(features_per_stage=[4, 8, 16]))
+    with pytest.raises(ValueError, match="does not fit this network; was the dataset planned again"):
+        other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+
+
+def test_a_finetuning_checkpoint_cannot_be_continued(make_trainer, tmp_path):
+    trainer = started(make_trainer())
+    torch.save(
+        {"network_weights": trainer.method.network.state_dict(), "trainer_name": "nnUNetTrainer"}, tmp_path / "a.pth"
+    )
+    with pytest.raises(ValueError, match="Expected a pretraining checkpoint .* written by nnUNetTrainer"):
+        make_trainer().load_checkpoint(str(tmp_path / "a.pth"))
+
+
+def test_options_that_changed_since_the_checkpoint_are_reported(make_trainer, tiny_trainer):
+    trainer = started(make_trainer())
+    trainer._save("checkpoint_latest.pth")
+
+    class Warmer(tiny_trainer):
+        config = replace(tiny_trainer.config, temperature=0.5)
+
+    other = make_trainer(Warmer)
+    other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+    assert "options that differ from before: temperature: 0.1 -> 0.5" in open(other.log_file).read()
+
+
+def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(make_trainer, monkeypatch):
+    trainer = started(make_trainer())
+    written = []
+    monkeypatch.setattr(trainer, "_save", lambda name, *_: written.append((trainer.current_epoch, name)))
+    for epoch, loss in enumerate([3.0, 1.0, 10.0, 1.0]):
+        trainer.current_epoch = epoch
+        trainer.on_epoch_start()
+        trainer.logger.log("lrs", 0.1, epoch)
+        trainer.logger.log("train_losses", loss, epoch)
+        trainer.logger.log("val_losses", loss, epoch)
+        trainer.on_epoch_end()
+    # Smoothed: 3, 2.8, 3.52, 3.27.
+    assert [epoch for epoch, name in written if name == "checkpoint_best.pth"] == [1, 2]
+    assert trainer._best_ema == pytest.approx(2.8)
+
+
+# ---- a method of one's own ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _CountingConfig(STC3DConfig):
+    weight: float = 2.0
+
+
+class _Counting(STC3D):
+    """A method with a buffer that changes after every step, such as an EMA teacher."""
+
+    name = "Counting"
+
+    def __init__(self, network, config):
+        super().__init__(network, config)
+        self.register_buffer("progress", torch.zeros(()))
+
+    def after_step(self, progress):
+        self.progress.fill_(progress)
+
+
+def test_buffers_of_a_method_are_updated_saved_and_restored(make_trainer, tiny_trainer):
+    class Trainer(tiny_trainer):
+        method_class = _Counting
+        config = _CountingConfig(batch_size=2, grid=(1, 2, 2), projector_hidden=8, projector_dim=4, dense_dim=4)
+
+    trainer = started(make_trainer(Trainer))
+    steps(trainer, 2)
+    assert float(trainer.method.progress) == 0.5
+    trainer._save("checkpoint_latest.pth")
+    other = make_trainer(Trainer)
+    other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
+    assert float(other.method.progress) == 0.5
+    saved = torch.load(f"{trainer.output_folder}/checkpoint_latest.pth", weights_only=True)
+    assert saved["method"]["config"]["weight"] == 2.0
