@@ -1,0 +1,450 @@
+"""STC3D: every option trains what it says, on views whose geometry is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
+from nnssl_stc3d.methods.base import EMBEDDINGS, ViewBatch, config_from_dict
+from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.views.region_sampler import RegionSampler
+from nnssl_stc3d.views.render import render_views
+from nnssl_stc3d.views.samplers import TransformRanges
+from nnssl_stc3d.views.spec import ViewSpecs, stack_specs
+
+VIEW_SHAPE = (8, 8, 8)
+SMALL = {"view_shape": VIEW_SHAPE, "projector_hidden": 16, "projector_dim": 8, "dense_dim": 8, "dense_points": 16}
+ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "dense_weight": 1.0}
+
+
+def config_of(**changes) -> STC3DConfig:
+    return STC3DConfig(**(SMALL | changes))
+
+
+def anatomy(seed: int, shape: tuple[int, ...], channels: int = 1) -> Tensor:
+    """A smooth volume with structure at the scale of a view, ``(1, 1, C, Z, Y, X)``."""
+    noise = torch.randn(1, channels, *[n // 4 for n in shape], generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(noise, size=shape, mode="trilinear")[None]
+
+
+def coordinates(shape: tuple[int, ...]) -> Tensor:
+    """An image of positions, ``(1, 1, 3, Z, Y, X)``."""
+    return torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"))[None, None]
+
+
+def make_batch(config: STC3DConfig, volumes: list[Tensor], seed: int = 0) -> ViewBatch:
+    """What the loader makes of volumes ``(1, 1, C, Z, Y, X)``, one for each sample."""
+    sampler = STC3D.view_sampler(config, (16, 16, 16), (1.5, 1.0, 1.0))
+    rng = np.random.default_rng(seed)
+    specs, views = [], []
+    for volume in volumes:
+        (box,), found = sampler.sample([volume.shape[3:]], rng)
+        crop = volume[(..., *(slice(a, b) for a, b in zip(*box)))]
+        views.append(render_views(crop, ViewSpecs(*(f[None] for f in found)), config.view_shape)[0])
+        # In voxels of the volume, so that positions of different crops can be compared.
+        specs.append(found._replace(center=found.center + torch.tensor(box[0])))
+    stacked = stack_specs(specs)
+    return ViewBatch(torch.stack(views), stacked, sampler.targets(stacked, rng))
+
+
+@pytest.fixture
+def build(tiny_plans, tiny_network):
+    """Function ``(config, architecture, channels) -> method`` with frozen parts frozen."""
+
+    def make(config: STC3DConfig, architecture: str = "PlainConvUNet", channels: int = 1) -> STC3D:
+        network = tiny_network(tiny_plans(architecture, channels), channels)
+        torch.manual_seed(0)
+        method = STC3D(network, config)
+        method.freeze_untrained()
+        return method
+
+    return make
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cropping": "corner"}, "cropping must be one of 'random', 'center', 'edge', got 'corner'"),
+        ({"pred_form": "eq3"}, "pred_form must be one of 'official', 'paper', got 'eq3'"),
+        ({"reg_form": "eq10"}, "reg_form must be one of 'discrepancy', 'overlap_weighted', 'eq12', got 'eq10'"),
+        ({"info_nce_on": "voxels"}, "info_nce_on must be one of 'views', 'bins', got 'voxels'"),
+        ({"descriptor_stages": "decoder"}, "descriptor_stages must be one of 'encoder', 'bottleneck', got 'decoder'"),
+        ({"dense_negatives": "region"}, "dense_negatives must be one of 'batch', 'volume', got 'region'"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"dense_temperature": -1}, "dense_temperature must be positive, got -1"),
+        ({"base_scale": 0}, "base_scale must be positive, got 0"),
+        ({"region_scale": 0}, "region_scale must be positive, got 0"),
+        ({"regions": 0}, "regions must be positive, got 0"),
+        ({"dense_points": 0}, "dense_points must be positive, got 0"),
+        ({"reg_margin": 0}, "reg_margin must be positive, got 0"),
+        ({"pred_weight": -1}, "pred_weight must not be negative, got -1"),
+        ({"dense_weight": -1}, "dense_weight must not be negative, got -1"),
+        ({"views_per_region": 1}, r"views_per_region must be at least 2 \(positive pairs\), got 1"),
+        ({"grid": (4, 4)}, r"grid must be three positive numbers \(Z, Y, X\), got \(4, 4\)"),
+        ({"bins": (2, 0, 2)}, r"bins must be three positive numbers \(Z, Y, X\), got \(2, 0, 2\)"),
+        ({"grid": (1, 1, 1)}, r"need at least 2 bases, got grid \(1, 1, 1\)"),
+        (ONLY_DENSE | {"dense_weight": 0}, "all loss weights are 0"),
+        ({"optimizer": "lars"}, "optimizer must be one of"),
+    ],
+)
+def test_options_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        STC3DConfig(**values)
+
+
+def test_one_base_is_enough_when_no_loss_looks_at_bases():
+    assert not STC3DConfig(grid=(1, 1, 1), pred_weight=0, reg_form="eq12").needs_bases
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STC3DConfig(),
+        STC3DConfig.paper(),
+        config_of(transforms=TransformRanges(quarter_turns=0.5, scaling=(0.5, 1.0)), region_scale=None, bins=(1, 2, 3)),
+    ],
+)
+def test_the_configuration_survives_the_checkpoint(config):
+    restored = config_from_dict(STC3DConfig, json.loads(json.dumps(config.to_dict())))
+    assert restored == config and restored.transforms == config.transforms
+
+
+def test_the_paper_reading():
+    paper = STC3DConfig.paper()
+    assert paper.grid == (1, 4, 4) and paper.bins == (1, 1, 1) and paper.region_scale is None
+    assert paper.dense_weight == 0 and paper.info_nce_weight > 0 and paper.info_nce_on == "views"
+    assert paper.pred_weight > 0 and paper.reg_weight > 0
+    assert (paper.optimizer, paper.learning_rate, paper.weight_decay) == ("adamw", 1e-3, 1e-2)
+    assert (paper.warmup_steps, paper.batch_size, paper.schedule, paper.momentum) == (100, 4, "cosine", 0.9)
+
+
+# ---- the sampler that a configuration asks for ----------------------------------------------------------------------
+
+
+def test_the_sampler_draws_what_the_losses_need():
+    def sampler(**changes) -> RegionSampler:
+        return STC3D.view_sampler(config_of(**changes), (16, 16, 16), (1, 1, 1))
+
+    assert sampler().n_views == 8 + 4 and sampler().points == 16 and sampler().bins is None
+    assert sampler(**ONLY_DENSE).n_bases == 0
+    assert sampler(pred_weight=0, reg_form="eq12").n_bases == 0
+    assert sampler(dense_weight=0).points == 0
+    assert sampler(info_nce_weight=1, info_nce_on="bins").bins == (2, 2, 2)
+    assert sampler(regions=3, views_per_region=4).n_views == 8 + 12
+    ranges = TransformRanges(rotation=5)
+    assert sampler(transforms=ranges, cropping="edge").transforms == ranges
+    assert sampler(cropping="edge").placement == "edge"
+
+
+def test_anisotropic_plans_rotate_in_plane():
+    for patch_size, expected in (((16, 64, 64), True), ((32, 64, 64), False)):
+        assert STC3D.view_sampler(config_of(), patch_size, (5, 1, 1)).in_plane == expected
+
+
+def test_the_view_shape_has_to_be_resolved_first(build):
+    with pytest.raises(ValueError, match="view_shape must be resolved"):
+        build(config_of(view_shape=None))
+
+
+# ---- every combination trains ---------------------------------------------------------------------------------------
+
+COMBINATIONS = [
+    {"pred_weight": pred, "reg_weight": float(reg is not None), "reg_form": reg or "discrepancy",
+     "info_nce_weight": float(contrast is not None), "info_nce_on": contrast or "views", "dense_weight": dense}
+    for pred, reg, contrast, dense in product(
+        (0.0, 0.5), (None, "discrepancy", "overlap_weighted", "eq12"), (None, "views", "bins"), (0.0, 2.0)
+    )
+    if pred or reg or contrast or dense
+]  # fmt: skip
+OPTIONS = [
+    {"pred_form": "paper"},
+    {"descriptor_stages": "bottleneck", "info_nce_weight": 1.0},
+    {"descriptor_stages": "bottleneck", "info_nce_weight": 1.0, "info_nce_on": "bins"},
+    {"bins": (1, 1, 1)},
+    {"bins": (1, 2, 3), "info_nce_weight": 1.0, "info_nce_on": "bins"},
+    {"dense_negatives": "volume"},
+    {"views_per_region": 3, "regions": 1, "info_nce_weight": 1.0},
+    {"regions": 3, "cropping": "center", "grid": (1, 2, 2), "region_scale": None},
+    {"transforms": TransformRanges(quarter_turns=1.0, scaling_per_axis=True), "cropping": "edge"},
+    {"dense_weight": 0.0, "batch_size": 1, "info_nce_weight": 1.0},
+]
+
+
+def label(options: dict) -> str:
+    return " ".join(f"{k}={v}" for k, v in options.items() if not isinstance(v, TransformRanges))
+
+
+def check_training(method: STC3D, batch: ViewBatch) -> None:
+    """One step: finite, a weighted sum of its terms, a gradient for all that is trained and none for the rest."""
+    config = method.config
+    result = method(batch)
+    weights = {
+        "pred": config.pred_weight,
+        "reg": config.reg_weight,
+        "info_nce": config.info_nce_weight,
+        "dense": config.dense_weight,
+    }
+    used = {name: weight for name, weight in weights.items() if weight > 0}
+    assert {name for name in weights if name in result} == set(used)
+    assert result["loss"].item() == pytest.approx(sum(w * result[n].item() for n, w in used.items()), rel=1e-5)
+    assert all(value.isfinite().all() for value in result.values())
+    assert all(not value.requires_grad for name, value in result.items() if name != "loss")
+    result["loss"].backward()
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        else:
+            assert parameter.grad is None, name
+    dense = config.dense_weight > 0
+    assert method.transfers == (("encoder", "decoder") if dense else ("encoder",))
+    decoder = [p for part in ("stages", "transpconvs") for p in getattr(method.network.decoder, part).parameters()]
+    assert all(p.requires_grad == dense for p in decoder)
+    assert not any(p.requires_grad for p in method.network.decoder.seg_layers.parameters())
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=label)
+def test_every_combination_of_losses_trains(build, options):
+    config = config_of(**options)
+    check_training(build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)]))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=label)
+def test_every_option_trains(build, options, architecture):
+    config = config_of(**options)
+    volumes = [anatomy(s, (20, 24, 18), channels=2) for s in range(min(2, config.batch_size))]
+    check_training(build(config, architecture, channels=2), make_batch(config, volumes))
+
+
+def test_the_literal_paper_trains(build):
+    config = dataclasses.replace(STC3DConfig.paper(), **SMALL)
+    check_training(build(config), make_batch(config, [anatomy(s, (40, 40, 40)) for s in range(2)]))
+
+
+def test_no_parameter_belongs_to_a_loss_that_is_off(build):
+    heads = {
+        "projector": config_of(dense_weight=0),
+        "dense_projector": config_of(**ONLY_DENSE),
+        "bin_projector": config_of(**(ONLY_DENSE | {"dense_weight": 0, "info_nce_weight": 1, "info_nce_on": "bins"})),
+    }
+    for name, config in heads.items():
+        others = {n.split(".")[0] for n, _ in build(config).named_parameters()} - {"network"}
+        assert others == {name}
+
+
+def test_autocast_gives_a_finite_float32_loss(build):
+    config = config_of(info_nce_weight=1.0)
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = method(batch)
+    assert result["loss"].dtype == torch.float32 and result["loss"].isfinite()
+    assert result["loss"].item() == pytest.approx(method(batch)["loss"].item(), rel=0.1)
+
+
+def test_a_batch_in_which_no_points_correspond_is_survived(build):
+    config = config_of()
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    batch.targets["points_inside"].zero_()
+    result = method(batch)
+    result["loss"].backward()
+    assert result["dense"] == 0 and result["voxel_retrieval"] == 0 and result["loss"].isfinite()
+
+
+# ---- what the loss depends on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("info_nce_on", ["views", "bins"])
+def test_the_order_of_the_volumes_does_not_matter(build, info_nce_on):
+    config = config_of(info_nce_weight=1.0, info_nce_on=info_nce_on, reg_form="overlap_weighted")
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(4)])
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = ViewBatch(
+        batch.views[order], ViewSpecs(*(f[order] for f in batch.specs)), {k: v[order] for k, v in batch.targets.items()}
+    )
+    first, second = method(batch), method(shuffled)
+    for name in ("loss", "pred", "reg", "info_nce", "dense", "position_accuracy", "voxel_retrieval"):
+        assert first[name].item() == pytest.approx(second[name].item(), rel=1e-4), name
+
+
+def test_evaluation_computes_the_same_losses(build):
+    config = config_of(info_nce_weight=1.0)
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    assert method.train()(batch)["loss"].item() == pytest.approx(method.eval()(batch)["loss"].item(), rel=1e-6)
+
+
+def test_embeddings_for_the_monitors_are_positive_pairs(build):
+    config = config_of(views_per_region=3)
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    assert method(batch)[EMBEDDINGS].shape == (2 * 2 * 2, 2, 8)
+    config = config_of(**ONLY_DENSE)
+    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    assert method(batch)[EMBEDDINGS].shape == (int(batch.targets["points_inside"].sum()), 2, 8)
+
+
+class Given(nn.Module):
+    """A projector that answers with given embeddings."""
+
+    def __init__(self, embeddings: Tensor) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) == len(self.embeddings)
+        return self.embeddings
+
+
+@pytest.mark.parametrize("neutral_overlap", [0.0, 0.3, 1.0])
+def test_views_of_a_region_attract_and_other_regions_and_volumes_repel(build, neutral_overlap):
+    config = config_of(
+        pred_weight=0.0, reg_weight=0.0, dense_weight=0.0, info_nce_weight=1.0, neutral_overlap=neutral_overlap,
+        regions=3, temperature=0.5, transforms=TransformRanges(translation=0.4, min_overlap=0.2),
+    )  # fmt: skip
+    method, batch = build(config), make_batch(config, [anatomy(s, (16, 20, 16)) for s in range(2)])
+    z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    method.projector = Given(z)
+    overlap = batch.targets["overlap"]
+    positives, negatives = torch.zeros(12, 12, dtype=torch.bool), torch.zeros(12, 12, dtype=torch.bool)
+    neutral = 0
+    for i, j in product(range(12), range(12)):
+        # Views are ordered by volume, then region: two of each.
+        if i // 2 == j // 2:
+            positives[i, j] = i != j
+        elif i // 6 == j // 6 and max(overlap[i // 6, i % 6, j % 6], overlap[i // 6, j % 6, i % 6]) > neutral_overlap:
+            neutral += 1
+        else:
+            negatives[i, j] = True
+    assert (neutral > 0) == (neutral_overlap < 1)
+    expected = masked_info_nce(z, positives, negatives, 0.5)
+    assert method(batch)["info_nce"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_views_are_compared_with_the_bases_of_their_own_volume(build):
+    config = config_of(dense_weight=0.0)
+    method, batch = build(config), make_batch(config, [anatomy(s, (24, 24, 24)) for s in range(2)])
+    labels = batch.targets["position"]
+    bases = torch.eye(16)
+    # Each view is the sum of its bases, weighted by their overlap; the second volume's bases are the last 8 axes.
+    views = torch.zeros(2, 4, 16)
+    views[0, :, :8], views[1, :, 8:] = labels[0], labels[1]
+    method.projector = Given(torch.cat((bases[:8], views[0], bases[8:], views[1])))
+    result = method(batch)
+    assert result["position_accuracy"] == 1 and result["reg"] == 0
+    wrong = torch.cat((bases[:8], views[1], bases[8:], views[0]))
+    method.projector = Given(wrong)
+    assert method(batch)["pred"] > 2 * result["pred"]
+
+
+class SeesPositions(nn.Module):
+    """A U-Net of stride 2 whose features are the positions that a view shows."""
+
+    class Encoder(nn.Module):
+        output_channels = [3, 3]
+        strides = [[1, 1, 1], [2, 2, 2]]
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [x, F.avg_pool3d(x, 2)]
+
+    class KeepSkip(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, 3:]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = self.Encoder()
+        self.decoder = nn.Module()
+        self.decoder.stages = nn.ModuleList([self.KeepSkip()])
+        self.decoder.transpconvs = nn.ModuleList([nn.Upsample(scale_factor=2)])
+        self.decoder.seg_layers = nn.ModuleList([nn.Identity()])
+
+
+def test_voxel_embeddings_are_taken_at_corresponding_points():
+    """On views of an image of positions both embeddings of a pair have to be the same position."""
+    config = config_of(**ONLY_DENSE, dense_points=64, views_per_region=3)
+    method = STC3D(SeesPositions(), config)
+    method.dense_projector = nn.Identity()
+    shape = (40, 44, 36)
+    batch = make_batch(config, [coordinates(shape), coordinates(shape) + 100])
+    result = method(batch)
+    # The last three channels are the highest resolution, exact everywhere; coarse ones are cut at the view's border.
+    pairs = result[EMBEDDINGS][..., 3:]
+    assert (pairs[:, 0] - pairs[:, 1]).abs().max() < 1e-3
+    coarse = result[EMBEDDINGS][..., :3]
+    assert (coarse[:, 0] - coarse[:, 1]).abs().max() < 2
+    assert len(pairs) == int(batch.targets["points_inside"].sum()) > 300
+    # Half of the pairs look into each volume, in the order of the batch.
+    first = int(batch.targets["points_inside"][0].sum())
+    assert pairs[:first].max() < 100 <= pairs[first:].min()
+
+
+def test_voxels_can_be_contrasted_within_their_volume_only(build):
+    results = {}
+    for negatives in ("batch", "volume"):
+        config = config_of(**ONLY_DENSE, dense_negatives=negatives, dense_temperature=0.5)
+        method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(3)])
+        results[negatives] = method(batch)
+    first, second = results["batch"][EMBEDDINGS].unbind(1)
+    assert results["batch"]["dense"].item() == pytest.approx(info_nce(first, second, 0.5).item(), rel=1e-5)
+    groups = torch.arange(3).repeat_interleave(batch.targets["points_inside"].flatten(1).sum(1))
+    assert results["volume"]["dense"].item() == pytest.approx(info_nce(first, second, 0.5, groups).item(), rel=1e-5)
+    assert results["volume"]["dense"] < results["batch"]["dense"]
+
+
+def test_bins_are_contrasted_with_the_bins_they_land_in():
+    config = config_of(
+        **(ONLY_DENSE | {"dense_weight": 0.0, "info_nce_weight": 1.0}), info_nce_on="bins", bins=(2, 2, 2)
+    )
+    config = dataclasses.replace(config, transforms=TransformRanges(quarter_turns=1.0, translation=0.05))
+    method = STC3D(SeesPositions(), config)
+    seen = []
+    method.bin_projector = nn.Identity()
+    method.bin_projector.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    shape = (40, 44, 36)
+    method(make_batch(config, [coordinates(shape)] * 4))
+    pairs = seen[0].unflatten(0, (-1, 2))[..., :3]
+    apart = (pairs[:, 0] - pairs[:, 1]).norm(dim=1)
+    # Bins are 4 voxels wide; without the known quarter turn, partners would be up to a view's diagonal apart.
+    assert len(pairs) > 20 and apart.max() < 4 and apart.mean() < 2
+
+
+# ---- it learns ------------------------------------------------------------------------------------------------------
+
+
+def overfit(method: STC3D, batch: ViewBatch, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results before and after training on one batch."""
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-3)
+    before = {k: v.detach() for k, v in method(batch).items()}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        method(batch)["loss"].backward()
+        optimizer.step()
+    return before, {k: v.detach() for k, v in method(batch).items()}
+
+
+def test_a_fixed_batch_is_learnt(build, architecture):
+    config = config_of(dense_points=32, projector_dim=32)
+    method = build(config, architecture)
+    batch = make_batch(config, [anatomy(s, (28, 28, 28)) for s in range(2)])
+    before, after = overfit(method, batch, 20)
+    assert after["loss"] < 0.7 * before["loss"]
+    assert after["pred"] < before["pred"] and after["dense"] < before["dense"]
+    # Chance is 1 in 8 bases, and 1 in some 120 points.
+    assert after["position_accuracy"] > 0.6
+    assert after["voxel_retrieval"] > 0.2 > before["voxel_retrieval"]
+
+
+def test_a_fixed_batch_is_learnt_as_the_paper_writes_it(build):
+    config = dataclasses.replace(STC3DConfig.paper(), **SMALL)
+    before, after = overfit(build(config), make_batch(config, [anatomy(s, (40, 40, 40)) for s in range(2)]), 20)
+    assert after["loss"] < 0.7 * before["loss"]
+    for term in ("pred", "reg", "info_nce"):
+        assert after[term] < before[term]
