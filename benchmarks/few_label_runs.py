@@ -272,7 +272,10 @@ def prepare(settings: Settings, split: Split, small_plans: Sequence[str]) -> Non
     if not (settings.preprocessed / f"{settings.plans}.json").is_file():
         command = ["nnssl_stc3d", "small-plans", "-d", settings.number, "-o", settings.plans, *small_plans]
         call(command, settings, SCRATCH, log)
-    (settings.preprocessed / "splits_final.json").write_text(json.dumps(split.folds(), indent=1), encoding="utf-8")
+    folds, splits = json.dumps(split.folds(), indent=1), settings.preprocessed / "splits_final.json"
+    # untouched where it is right: other runs may be reading it
+    if not splits.is_file() or splits.read_text(encoding="utf-8") != folds:
+        splits.write_text(folds, encoding="utf-8")
 
 
 def pretraining_checkpoint(settings: Settings, trainer: str) -> Path:
