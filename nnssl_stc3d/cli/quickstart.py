@@ -119,7 +119,7 @@ def execute(args: argparse.Namespace, settings: QuickstartSettings, trainers: Pa
         f"Dataset{settings.labelled_id:03d}_QuickstartLabelled",
     )
     prepare_folder(paths, args.overwrite, args.data)
-    print(f"Everything is written to {root}. Device: {device}.")
+    print(f"Everything is written to {root}. Device: {device}.", flush=True)
     data = _write_phantoms(paths, settings) if dataset is None else _write_user_data(paths, dataset)
     print(
         f"{data.unlabelled} cases for pretraining, {data.labelled} with labels for finetuning (fold "
@@ -128,7 +128,7 @@ def execute(args: argparse.Namespace, settings: QuickstartSettings, trainers: Pa
     stages = [("make the data", perf_counter() - start)]
 
     runner = CommandRunner(child_environment(paths, trainers, device), root / "log.txt", root / "commands.sh")
-    print("\nThe commands below need these variables:\n\n" + runner.exports())
+    print("\nThe commands below need these variables:\n\n" + runner.exports(), flush=True)
     run_chain(runner, settings, paths, args.method, data.fold, len(data.test), device)
     stages += [(done.command.title, done.seconds) for done in runner.finished]
 

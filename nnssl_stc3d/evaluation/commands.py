@@ -19,6 +19,8 @@ from time import perf_counter
 from tqdm import tqdm
 
 TAIL_LINES = 25
+# Seconds between two drawings of a bar, in a terminal and in a file that keeps every drawing.
+REDRAW_TERMINAL, REDRAW_FILE = 0.2, 15.0
 # Reads one line of output; returns (finished steps, all steps or None where unknown), or None if the line says
 # nothing about progress.
 ProgressReader = Callable[[str], "tuple[int, int | None] | None"]
@@ -118,7 +120,7 @@ class CommandRunner:
         Raises:
             RuntimeError: it failed; the message has the command and the end of its output.
         """
-        tqdm.write(f"\n$ {command.shown()}")
+        print(f"\n$ {command.shown()}", flush=True)
         with self.script.open("a", encoding="utf-8") as script:
             script.write(f"{command.shown()}\n")
         environment = {**os.environ, **self.environment, **command.environment, "PYTHONUNBUFFERED": "1"}
@@ -151,6 +153,8 @@ class CommandRunner:
     def _follow(self, process: subprocess.Popen[str], command: Command) -> list[str]:
         """Shows progress until the output ends; returns its last lines."""
         tail: deque[str] = deque(maxlen=TAIL_LINES)
+        pause = REDRAW_TERMINAL if sys.stderr.isatty() else REDRAW_FILE
+        drawn = perf_counter()
         output = process.stdout
         if output is None:
             raise RuntimeError(f"No output can be read from {command.words[0]}.")
@@ -169,15 +173,15 @@ class CommandRunner:
                 log.write(f"{text}\n")
                 tail.append(text)
                 state = command.progress(text) if command.progress else None
-                if state is None:
+                if state is not None:
+                    steps, total = state
+                    if total and total != bar.total:
+                        bar.total = total
+                        bar.bar_format = layout
+                    bar.n = max(bar.n, min(steps, bar.total) if bar.total else steps)
+                if perf_counter() - drawn > pause:
                     bar.refresh()
-                    continue
-                steps, total = state
-                if total and total != bar.total:
-                    bar.total = total
-                    bar.bar_format = layout
-                bar.n = max(bar.n, min(steps, bar.total) if bar.total else steps)
-                bar.refresh()
+                    drawn = perf_counter()
         return list(tail)
 
 

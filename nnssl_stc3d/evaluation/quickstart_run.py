@@ -45,7 +45,7 @@ class QuickstartSettings:
     max_patch_voxels: int = 61_440
     stages: int = 4
     batch_size: int = 2
-    pretrain_epochs: int = 20
+    pretrain_epochs: int = 16
     finetune_trainer: str = "STC3DFinetuneTrainer_quickstart"
     finetune_epochs: int = 16
     processes: int = 2

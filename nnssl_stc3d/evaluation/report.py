@@ -181,12 +181,11 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def caveat(num_cases: int) -> str:
     """What the result does not say."""
+    cases = f"{num_cases} test case{'' if num_cases == 1 else 's'}"
     return (
-        f"Behind these numbers stand {num_cases} test cases and one run of each model (one seed), trained for a "
-        f"few minutes. That demonstrates "
-        "the tools; it is not evidence that pretraining helps. Repeats differ by several hundredths of Dice. "
-        "Evidence takes several seeds "
-        "and folds, full schedules, and real data."
+        f"Behind these numbers stand {cases} and one run of each model (one seed), trained for a few minutes. That "
+        "demonstrates the tools; it is not evidence that pretraining helps. Repeats of the same training differ by "
+        "hundredths of Dice. Evidence takes several seeds and folds, full schedules, and real data."
     )
 
 
