@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
+import re
 from itertools import product
 
 import numpy as np
@@ -127,6 +129,46 @@ def test_the_paper_reading():
     assert paper.pred_weight > 0 and paper.reg_weight > 0
     assert (paper.optimizer, paper.learning_rate, paper.weight_decay) == ("adamw", 1e-3, 1e-2)
     assert (paper.warmup_steps, paper.batch_size, paper.schedule, paper.momentum) == (100, 4, "cosine", 0.9)
+
+
+def documented(text: str, pattern: str) -> dict[str, object]:
+    """Option -> value, as it is written in a table."""
+    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
+
+
+def options_of(config: STC3DConfig) -> dict[str, object]:
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
+    return options | dataclasses.asdict(config.transforms)
+
+
+def test_the_documentation_lists_every_option_with_its_default(repository):
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    table = text[text.index("## Options") :]
+    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(STC3DConfig())
+
+
+def test_the_table_of_choices_tells_the_truth(repository):
+    """The column of options names defaults; the last column what the paper trainer has instead."""
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    table = text[text.index("## How we read the paper") : text.index("The forms of L_reg")]
+    defaults, paper = options_of(STC3DConfig()), options_of(STC3DConfig.paper())
+    seen = set()
+    for row in (line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 6):
+        named = documented(row[3], r"`(?:transforms\.)?(\w+)`, ([^;]+)")
+        other = row[4].strip().split(":")[0] if named else ""
+        assert all(defaults[name] == value for name, value in named.items()), row
+        for name in named:
+            assert paper[name] == (ast.literal_eval(other) if other else defaults[name]), row
+        seen |= set(named)
+    assert len(seen) > 20 and {name for name in paper if paper[name] != defaults[name]} <= seen
+
+
+def test_the_documented_trainer_works(repository):
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {"__name__": "example"}
+    exec(compile(code, "stc3d.md", "exec"), names)
+    assert names["STC3DCenterPretrainTrainer"].config == STC3DConfig(cropping="center", dense_weight=0.5)
 
 
 # ---- the sampler that a configuration asks for ----------------------------------------------------------------------
