@@ -266,12 +266,15 @@ def _collect(
         for name in data.test[:SHOWN_CASES]
     ]
     channel = str(description["channel_names"].get("0", ""))
+    pretraining_curves = read_training_log(pretraining)
+    curves = {arm: read_training_log(folder) for arm, folder in finetuned.items()}
     facts = {
         "data": data.source,
         "cases": f"{data.unlabelled} for pretraining without labels, {data.labelled} with labels (fold {data.fold}), "
         f"{len(data.test)} for testing, seen by neither",
-        "pretraining": PRETRAIN_TRAINERS[method],
-        "finetuning": f"{settings.finetune_trainer}, the same for both models",
+        "pretraining": f"{PRETRAIN_TRAINERS[method]}, {len(pretraining_curves.get('train_losses', []))} epochs",
+        "finetuning": f"{settings.finetune_trainer}, {len(curves['scratch'].get('train_loss', []))} epochs, "
+        "the same for both models",
         "plans": f"{settings.plans}, {settings.configuration}",
         "device": device,
     }
@@ -281,9 +284,9 @@ def _collect(
         scratch=dice["scratch"],
         pretrained=dice["pretrained"],
         labels=values if len(values) == len(targets) else {},
-        pretraining=read_training_log(pretraining),
-        scratch_curves=read_training_log(finetuned["scratch"]),
-        pretrained_curves=read_training_log(finetuned["pretrained"]),
+        pretraining=pretraining_curves,
+        scratch_curves=curves["scratch"],
+        pretrained_curves=curves["pretrained"],
         overlay_cases=shown,
         views=pretraining / "views.png",
         is_ct=channel.lower() == "ct",
