@@ -177,14 +177,17 @@ class STC3D(PretrainMethod):
         """See :meth:`PretrainMethod.forward`. ``batch.views``: ``(B, bases + K N, C, Z, Y, X)``."""
         config, layout = self.config, self.sampler_layout
         size = batch.views.shape[0]
-        skips = self.network.encoder(batch.views.flatten(0, 1))
-        # The feature maps of the transformed views, (B * K * N, C, Z, Y, X).
-        moved = [f.unflatten(0, (size, -1))[:, layout.n_bases :].flatten(0, 1) for f in skips]
+        # Bases and transformed views pass the encoder one after the other: cutting the latter's feature maps,
+        # (B * K * N, C, Z, Y, X), out of a common pass would copy them and their gradients.
+        parts = batch.views.split([n for n in (layout.n_bases, layout.n_views - layout.n_bases) if n], dim=1)
+        skips = [self.network.encoder(part.flatten(0, 1)) for part in parts]
+        moved = skips[-1]
         stages = slice(None) if config.descriptor_stages == "encoder" else slice(-1, None)
         terms: dict[str, Tensor] = {}
         result: dict[str, Tensor] = {}
         if self._describes_views:
-            embeddings = self.projector(pooled_descriptor(skips[stages], config.bins)).unflatten(0, (size, -1))
+            pooled = [pooled_descriptor(maps[stages], config.bins).unflatten(0, (size, -1)) for maps in skips]
+            embeddings = self.projector(torch.cat(pooled, dim=1).flatten(0, 1)).unflatten(0, (size, -1))
             bases, views = embeddings[:, : layout.n_bases], embeddings[:, layout.n_bases :]
             if config.pred_weight > 0:
                 labels = batch.targets["position"]
@@ -197,8 +200,8 @@ class STC3D(PretrainMethod):
                 terms["info_nce"] = self._contrast_views(views, batch.targets["overlap"])
             result[EMBEDDINGS] = self._pairs(views).flatten(0, 1)
         if config.info_nce_weight > 0 and config.info_nce_on == "bins":
-            pooled = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
-            first, second = self._at_points(pooled, self.bin_projector, batch, "bins")
+            binned = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
+            first, second = self._at_points(binned, self.bin_projector, batch, "bins")
             terms["info_nce"] = info_nce(first, second, config.temperature)
         if config.dense_weight > 0:
             maps = [moved[-1], *decoder_features(self.network.decoder, moved)]
@@ -244,13 +247,18 @@ class STC3D(PretrainMethod):
         self, maps: Sequence[Tensor], projector: nn.Module, batch: ViewBatch, name: str
     ) -> tuple[Tensor, Tensor]:
         """Embeddings at the corresponding points of all pairs that both views see, twice ``(N, D)``."""
-        size = batch.views.shape[0]
+        count = batch.targets[name].shape[-2]
         points = normalised_points(batch.targets[name], batch.views.shape[-3:])
-        paired = [self._pairs(f.unflatten(0, (size, -1))).flatten(0, 2) for f in maps]
-        inside = batch.targets[f"{name}_inside"].flatten()
-        descriptors = sample_features(paired, points.flatten(0, 2))
-        # (B, pairs, 2, P, C): the two views of a pair side by side, points of all pairs in one row each.
-        descriptors = descriptors.unflatten(0, points.shape[:3]).transpose(2, 3).flatten(0, 2)[inside]
+        points = points.unflatten(1, (self.config.regions, self.config.views_per_region - 1))
+        # A view is read once, at its points as first and as second of a pair: a map for each pair would be a copy. The
+        # last view of a region is never first and the first never second; what is read there instead is not used.
+        as_first = nn.functional.pad(points[:, :, :, 0], (0, 0, 0, 0, 0, 1))
+        as_second = nn.functional.pad(points[:, :, :, 1], (0, 0, 0, 0, 1, 0))
+        everywhere = torch.cat((as_first, as_second), dim=3)
+        sampled = sample_features(maps, everywhere.flatten(0, 2)).unflatten(0, everywhere.shape[:3])
+        both = torch.stack((sampled[:, :, :-1, :count], sampled[:, :, 1:, count:]), dim=-2)
+        # (N, 2, C): the two views of a pair side by side, one row for each point that both see.
+        descriptors = both.flatten(0, 3)[batch.targets[f"{name}_inside"].flatten()]
         embeddings = projector(descriptors.flatten(0, 1)).unflatten(0, (-1, 2))
         return embeddings[:, 0], embeddings[:, 1]
 

@@ -1,0 +1,260 @@
+"""A pretraining step against forward and backward of the bare network on the same views: time and peak memory.
+
+The step is the trainer's own: loading with one worker from blosc2 cases as nnU-Net writes them, losses, backward,
+clipping, optimiser. What it is compared with is the least that any training of the same network parts has to do on
+the same tensors: forward and backward from the mean of the last feature map, without a loss, loader or optimiser.
+
+* "encoder": the encoder on all views.
+* "trained parts": the encoder on all views and, where the method trains it, the decoder on the views that it decodes.
+
+Steps run in blocks with a loader of their own, whose worker is stopped before the bare network runs, so that no work
+of the worker hides behind it. Peak memory is that of a fresh process for each variant, above what it holds before the
+network is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from common import Row, Timing, machine, parser, ratio, report, seconds, timed
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, nn
+
+from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches
+from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.modules.feature_pyramid import decoder_features
+from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
+
+SIZES = {
+    # features of the network, view, volumes a batch, shape of a case, patch of the plan
+    "quick": ((8, 16, 32), 16, 2, (40, 64, 64), 32),
+    "cpu": ((32, 64, 128, 256), 32, 2, (96, 160, 160), 64),
+    "full": ((32, 64, 128, 256, 320, 320), 64, 4, (160, 320, 320), 128),
+}
+CONFIGS = {"default": STC3DConfig(), "paper": STC3DConfig.paper()}
+_WARM_UP = 3
+
+
+def build_network(features: tuple[int, ...]) -> PlainConvUNet:
+    """A network as nnU-Net plans it: two convolutions a stage, InstanceNorm, LeakyReLU."""
+    n = len(features)
+    return PlainConvUNet(
+        input_channels=1, n_stages=n, features_per_stage=features, conv_op=nn.Conv3d, kernel_sizes=[[3, 3, 3]] * n,
+        strides=[[1, 1, 1]] + [[2, 2, 2]] * (n - 1), n_conv_per_stage=[2] * n, num_classes=2,
+        n_conv_per_stage_decoder=[2] * (n - 1), conv_bias=True, norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+        deep_supervision=True,
+    )  # fmt: skip
+
+
+def write_cases(folder: Path, shape: tuple[int, int, int], patch: int, count: int = 6) -> None:
+    """Smooth random volumes, compressed as nnU-Net does."""
+    rng = np.random.default_rng(0)
+    block, chunk = comp_blosc2_params((1, *shape), (patch,) * 3)
+    for case in range(count):
+        coarse = torch.from_numpy(rng.standard_normal((1, 1, *(n // 8 for n in shape)), dtype=np.float32))
+        image = nn.functional.interpolate(coarse, shape, mode="trilinear")[0].numpy()
+        image = image + rng.standard_normal(image.shape, dtype=np.float32) * 0.1
+        parameters = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE]}
+        blosc2.asarray(image, urlpath=str(folder / f"case_{case}.b2nd"), chunks=chunk, blocks=block, cparams=parameters)
+
+
+class Bench:
+    """A trainer that has everything a step needs but nnU-Net's folders.
+
+    Args:
+        folder: of the cases.
+        config: "default" or "paper".
+        size: key of :data:`SIZES`.
+        device: of the network.
+    """
+
+    def __init__(self, folder: Path, config: str, size: str, device: torch.device) -> None:
+        features, view, batch_size, _, patch = SIZES[size]
+        torch.manual_seed(0)
+        self.device = device
+        # The constructor wants plans and makes folders; train_step and configure_optimizers are the trainer's own.
+        trainer: Any = object.__new__(PretrainTrainer)
+        trainer.config = replace(CONFIGS[config], view_shape=(view,) * 3, batch_size=batch_size)
+        trainer.device, trainer.current_epoch = device, 0
+        trainer.num_iterations_per_epoch, trainer.num_epochs = 250, 400
+        trainer.network = STC3D(build_network(features), trainer.config)
+        trainer.network.freeze_untrained()
+        trainer.network.to(device)
+        trainer.grad_scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
+        trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
+        self.trainer, self.method = trainer, trainer.network
+        cases = CaseDataset(folder, CaseDataset.list_identifiers(folder))
+        sampler = STC3D.view_sampler(trainer.config, (patch,) * 3, (1.0, 1.0, 1.0))
+        self.dataset = ViewDataset(cases, sampler, batch_size, trainer.config.intensity, (0, 0, 0))
+
+    def loader(self, steps: int) -> Iterator[LoadedBatch]:
+        """Batches from one worker, as in training."""
+        return iter(batches(self.dataset, 0, steps, 1, self.device.type == "cuda"))
+
+    def step(self, loaded: LoadedBatch) -> None:
+        """The trainer's step."""
+        self.trainer.train_step(loaded)
+
+    def bare(self, views: Tensor, decoder: bool) -> None:
+        """Forward and backward of the bare encoder, or of all trained parts; the bases are not decoded."""
+        network, n_bases = self.method.network, self.method.sampler_layout.n_bases
+        for parameter in network.parameters():
+            parameter.grad = None
+        with torch.autocast("cuda") if self.device.type == "cuda" else dummy_context():
+            if decoder:
+                loss = network.encoder(views[:, n_bases:].flatten(0, 1))
+                loss = decoder_features(network.decoder, loss)[-1].mean()
+                if n_bases:
+                    loss = loss + network.encoder(views[:, :n_bases].flatten(0, 1))[-1].mean()
+            else:
+                loss = network.encoder(views.flatten(0, 1))[-1].mean()
+        loss.backward()
+
+
+def measure_time(bench: Bench, rounds: int, steps: int) -> dict[str, list[Timing]]:
+    """Seconds of a step, of the bare networks and of preparing a batch; one value for each round."""
+    views = bench.dataset[0].batch.views.to(bench.device)
+    variants: dict[str, Callable[[], object]] = {"encoder": lambda: bench.bare(views, False)}
+    if "decoder" in bench.method.transfers:
+        variants["trained parts"] = lambda: bench.bare(views, True)
+    timings: dict[str, list[Timing]] = {name: [] for name in ("step", "batch", *variants)}
+    for _ in range(rounds):
+        loader = bench.loader(_WARM_UP + steps + 2)
+        _repeat(_WARM_UP, _next_step, bench, loader)
+        # The worker is as far ahead after the block as before it, so the block pays for all the batches it uses.
+        timings["step"].append(timed(partial(_repeat, steps, _next_step, bench, loader), bench.device))
+        # Stops the worker.
+        del loader
+        for name, function in variants.items():
+            function()
+            timings[name].append(timed(partial(_repeat, steps, function), bench.device))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        timings["batch"].append(timed(lambda: [bench.dataset[i] for i in range(steps)]))
+        torch.set_num_threads(threads)
+    return {name: [Timing(t.wall / steps, t.cpu / steps) for t in values] for name, values in timings.items()}
+
+
+def _repeat(times: int, function: Callable[..., object], *arguments: object) -> None:
+    for _ in range(times):
+        function(*arguments)
+
+
+def _next_step(bench: Bench, loader: Iterator[LoadedBatch]) -> None:
+    bench.step(next(loader))
+
+
+def peak_memory(bench_arguments: tuple[Path, str, str, torch.device], variant: str) -> int:
+    """Bytes that this process needed at most for two steps of a variant, above what it held before."""
+    device = bench_arguments[-1]
+    # Load every library first.
+    torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    before = _resident()
+    bench = Bench(*bench_arguments)
+    if variant == "step":
+        for _, loaded in zip(range(2), bench.loader(2)):
+            bench.step(loaded)
+    else:
+        views = next(bench.loader(1)).batch.views.to(device)
+        for _ in range(2):
+            bench.bare(views, variant == "trained parts")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident() - before
+
+
+def _resident() -> int:
+    """Largest resident size of this process so far, bytes (the ru_maxrss of a child starts at that of its parent)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def memory_of(folder: Path, config: str, variant: str, options: argparse.Namespace, repeats: int) -> float:
+    """Median of :func:`peak_memory` over fresh processes."""
+    command = [sys.executable, __file__, "--size", options.size, "--device", options.device]
+    command += ["--child", str(folder), config, variant]
+    values = []
+    for _ in range(repeats):
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        values.append(json.loads(output.splitlines()[-1]))
+    return median(values)
+
+
+def main() -> None:
+    """Measure and report."""
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--size", choices=SIZES, default="cpu", help="of network, views and batch")
+    arguments.add_argument("--full", action="store_true", help="nnU-Net's 32..320 features, 4 volumes, views of 64^3")
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--steps", type=int, default=4, help="in a round")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    arguments.add_argument("--skip-memory", action="store_true")
+    arguments.add_argument("--child", nargs=3, metavar=("FOLDER", "CONFIG", "VARIANT"), help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    options.size = "full" if options.full else "quick" if options.quick else options.size
+    device = torch.device(options.device)
+    if options.child is not None:
+        folder, config, variant = options.child
+        print(json.dumps(peak_memory((Path(folder), config, options.size, device), variant)))
+        return
+    rounds, steps = (1, 2) if options.quick else (options.rounds, options.steps)
+    features, view, batch_size, shape, patch = SIZES[options.size]
+    target = 1.10 if device.type == "cuda" else 1.15
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_cases(folder, shape, patch)
+        for config in options.configs:
+            bench = Bench(folder, config, options.size, device)
+            timings = measure_time(bench, rounds, steps)
+            variants = [v for v in ("encoder", "trained parts") if v in timings]
+            judged = variants[-1]
+            worker = seconds(timings["batch"], "cpu")
+            for variant in variants:
+                processor = median(
+                    (s.cpu + b.cpu) / v.cpu for s, b, v in zip(timings["step"], timings["batch"], timings[variant])
+                )
+                note = (
+                    f"{seconds(timings['step']):.3f} s / {seconds(timings[variant]):.3f} s; processor time, "
+                    f"worker included, {processor:.2f}"
+                )
+                value = ratio(timings["step"], timings[variant])
+                rows.append(
+                    Row(f"{config}: time, step / {variant}", value, target if variant == judged else None, note=note)
+                )
+            note = f"{worker:.3f} s of processor time for a batch of {bench.dataset.sampler.n_views * batch_size} views"
+            rows.append(Row(f"{config}: worker's batch / step", worker / seconds(timings["step"]), 1.0, note=note))
+            if options.skip_memory:
+                continue
+            peaks = {v: memory_of(folder, config, v, options, 1 if options.quick else 3) for v in ("step", *variants)}
+            for variant in variants:
+                note = f"{peaks['step'] / 2**20:.0f} / {peaks[variant] / 2**20:.0f} MiB"
+                value = peaks["step"] / peaks[variant]
+                rows.append(
+                    Row(f"{config}: memory, step / {variant}", value, 1.25 if variant == judged else None, note=note)
+                )
+    title = (
+        f"A step with {batch_size} volumes, views of {view}^3, features {features}, {torch.get_num_threads()} threads"
+    )
+    report(title, rows, machine(device), options)
+
+
+if __name__ == "__main__":
+    main()
