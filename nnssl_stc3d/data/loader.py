@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.methods.base import ViewBatch
+from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.intensity import augment_views, intensity_transforms
 from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import ViewSampler

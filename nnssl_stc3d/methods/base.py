@@ -6,32 +6,18 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from nnssl_stc3d.modules.feature_pyramid import check_unet
+from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.samplers import ViewSampler
-from nnssl_stc3d.views.spec import ViewSpecs
 
 EMBEDDINGS = "embeddings"
 """Key under which a forward pass may return positive pairs, ``(P, 2, D)`` detached, for the collapse monitors."""
 
 ConfigT = TypeVar("ConfigT", bound="PretrainConfig")
-
-
-class ViewBatch(NamedTuple):
-    """One batch as the loader ships it.
-
-    Attributes:
-        views: ``(B, V, C, Z, Y, X)`` rendered and augmented views.
-        specs: where each view looks; stays on the CPU.
-        targets: what the sampler computed from the specifications (labels, corresponding points).
-    """
-
-    views: Tensor
-    specs: ViewSpecs
-    targets: dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from nnssl_stc3d.methods.base import (
     EMBEDDINGS,
     PretrainConfig,
     PretrainMethod,
-    ViewBatch,
     check_view_shape,
     default_view_shape,
 )
@@ -40,6 +39,7 @@ from nnssl_stc3d.training.schedule import WarmupSchedule
 from nnssl_stc3d.training.versions import installed_versions
 from nnssl_stc3d.transfer.adaptation_plan import build_adaptation_plan
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically, to_plain
+from nnssl_stc3d.views.batch import ViewBatch
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -112,8 +112,8 @@ class PretrainTrainer(nnUNetTrainer):
         if not isdir(self.preprocessed_dataset_folder):
             raise FileNotFoundError(
                 f"expected preprocessed data in {self.preprocessed_dataset_folder}, which does not exist. Run "
-                f"nnUNetv2_preprocess -d {self.plans_manager.dataset_name} -plans_name {self.plans_manager.plans_name} "
-                f"-c {self.configuration_name}"
+                f"nnUNetv2_preprocess -d {int(self.plans_manager.dataset_name[7:10])} "
+                f"-plans_name {self.plans_manager.plans_name} -c {self.configuration_name}"
             )
         self.dataset_class = nnUNetDatasetBlosc2
         self.num_input_channels = determine_num_input_channels(
@@ -181,7 +181,8 @@ class PretrainTrainer(nnUNetTrainer):
         """Training batches from the current epoch on, and the fixed batches of the validation."""
         training, validation = self._datasets()
         if self.local_rank == 0:
-            training.cases.check()
+            used = {*training.cases.identifiers, *validation.cases.identifiers}
+            CaseDataset(self.preprocessed_dataset_folder, sorted(used)).check()
             sample, names = training.preview(0)
             n_bases = getattr(training.sampler, "n_bases", 0)
             plot_views(
@@ -249,7 +250,7 @@ class PretrainTrainer(nnUNetTrainer):
             terms = self.network(self._to_device(loaded.batch))
         loss = terms["loss"]
         if not torch.isfinite(loss):
-            values = {k: float(v) for k, v in terms.items() if v.ndim == 0}
+            values = {k: float(v.detach()) for k, v in terms.items() if v.ndim == 0}
             raise RuntimeError(
                 f"the loss is not finite ({values}) in epoch {self.current_epoch}, step {self.lr_scheduler.iteration}, "
                 f"for the cases {', '.join(n for names in loaded.cases for n in names)}. Look at these cases; if they "

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from nnssl_stc3d.methods.base import (
     PretrainConfig,
     PretrainMethod,
-    ViewBatch,
     check_view_shape,
     config_from_dict,
     default_view_shape,
 )
+from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.region_sampler import RegionSampler
 from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import TransformRanges

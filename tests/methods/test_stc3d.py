@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
-from nnssl_stc3d.methods.base import EMBEDDINGS, ViewBatch, config_from_dict
+from nnssl_stc3d.methods.base import EMBEDDINGS, config_from_dict
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.region_sampler import RegionSampler
 from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import TransformRanges

@@ -1,0 +1,23 @@
+"""One batch of views, as the loader ships it to a method."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nnssl_stc3d.views.spec import ViewSpecs
+
+
+class ViewBatch(NamedTuple):
+    """Rendered views and what is known about them.
+
+    Attributes:
+        views: ``(B, V, C, Z, Y, X)`` rendered and augmented views.
+        specs: where each view looks; stays on the CPU.
+        targets: what the sampler computed from the specifications (labels, corresponding points).
+    """
+
+    views: Tensor
+    specs: ViewSpecs
+    targets: dict[str, Tensor]
