@@ -131,6 +131,15 @@ def test_unusable_cases_are_named_before_the_first_step(make_trainer, nnunet):
         make_trainer().on_train_start()
 
 
+def test_cases_of_the_validation_are_looked_at_too(make_trainer, nnunet):
+    trainer = make_trainer(fold=0)
+    trainer.initialize()
+    held_out = trainer.do_split()[1][0]
+    blosc2.asarray(np.full((1, 20, 20, 20), np.inf, np.float32), urlpath=str(nnunet / f"{held_out}.b2nd"), mode="w")
+    with pytest.raises(ValueError, match=f"{held_out} holds NaN or infinite values"):
+        make_trainer(fold=0).on_train_start()
+
+
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
