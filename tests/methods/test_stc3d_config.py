@@ -1,0 +1,118 @@
+"""STC3D's options: checked, saved, and documented as they are."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+
+from nnssl_stc3d.methods.base import config_from_dict
+from nnssl_stc3d.methods.stc3d import STC3DConfig
+from nnssl_stc3d.views.samplers import TransformRanges
+
+ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "dense_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cropping": "corner"}, "cropping must be one of 'random', 'center', 'edge', got 'corner'"),
+        ({"pred_form": "eq3"}, "pred_form must be one of 'official', 'paper', got 'eq3'"),
+        ({"reg_form": "eq10"}, "reg_form must be one of 'discrepancy', 'overlap_weighted', 'eq12', got 'eq10'"),
+        ({"info_nce_on": "voxels"}, "info_nce_on must be one of 'views', 'bins', got 'voxels'"),
+        ({"descriptor_stages": "decoder"}, "descriptor_stages must be one of 'encoder', 'bottleneck', got 'decoder'"),
+        ({"dense_negatives": "region"}, "dense_negatives must be one of 'batch', 'volume', got 'region'"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
+        ({"dense_temperature": -1}, "dense_temperature must be positive, got -1"),
+        ({"base_scale": 0}, "base_scale must be positive, got 0"),
+        ({"region_scale": 0}, "region_scale must be positive, got 0"),
+        ({"regions": 0}, "regions must be positive, got 0"),
+        ({"dense_points": 0}, "dense_points must be positive, got 0"),
+        ({"reg_margin": 0}, "reg_margin must be positive, got 0"),
+        ({"pred_weight": -1}, "pred_weight must not be negative, got -1"),
+        ({"dense_weight": -1}, "dense_weight must not be negative, got -1"),
+        ({"views_per_region": 1}, r"views_per_region must be at least 2 \(positive pairs\), got 1"),
+        ({"grid": (4, 4)}, r"grid must be three positive numbers \(Z, Y, X\), got \(4, 4\)"),
+        ({"bins": (2, 0, 2)}, r"bins must be three positive numbers \(Z, Y, X\), got \(2, 0, 2\)"),
+        ({"grid": (1, 1, 1)}, r"need at least 2 bases, got grid \(1, 1, 1\)"),
+        (ONLY_DENSE | {"dense_weight": 0}, "all loss weights are 0"),
+        ({"optimizer": "lars"}, "optimizer must be one of"),
+    ],
+)
+def test_options_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        STC3DConfig(**values)
+
+
+def test_one_base_is_enough_when_no_loss_looks_at_bases():
+    assert not STC3DConfig(grid=(1, 1, 1), pred_weight=0, reg_form="eq12").needs_bases
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        STC3DConfig(),
+        STC3DConfig.paper(),
+        STC3DConfig(
+            view_shape=(8, 8, 8),
+            transforms=TransformRanges(quarter_turns=0.5, scaling=(0.5, 1.0)),
+            region_scale=None,
+            bins=(1, 2, 3),
+        ),
+    ],
+)
+def test_the_configuration_survives_the_checkpoint(config):
+    restored = config_from_dict(STC3DConfig, json.loads(json.dumps(config.to_dict())))
+    assert restored == config and restored.transforms == config.transforms
+
+
+def test_the_paper_reading():
+    paper = STC3DConfig.paper()
+    assert paper.grid == (1, 4, 4) and paper.bins == (1, 1, 1) and paper.region_scale is None
+    assert paper.dense_weight == 0 and paper.info_nce_weight > 0 and paper.info_nce_on == "views"
+    assert paper.pred_weight > 0 and paper.reg_weight > 0
+    assert (paper.optimizer, paper.learning_rate, paper.weight_decay) == ("adamw", 1e-3, 1e-2)
+    assert (paper.warmup_steps, paper.batch_size, paper.schedule, paper.momentum) == (100, 4, "cosine", 0.9)
+
+
+def documented(text: str, pattern: str) -> dict[str, object]:
+    """Option -> value, as it is written in a table."""
+    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
+
+
+def options_of(config: STC3DConfig) -> dict[str, object]:
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
+    return options | dataclasses.asdict(config.transforms)
+
+
+def test_the_documentation_lists_every_option_with_its_default(repository):
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    table = text[text.index("## Options") :]
+    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(STC3DConfig())
+
+
+def test_the_table_of_choices_tells_the_truth(repository):
+    """The column of options names defaults; the last column what the paper trainer has instead."""
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    table = text[text.index("## How we read the paper") : text.index("The forms of L_reg")]
+    defaults, paper = options_of(STC3DConfig()), options_of(STC3DConfig.paper())
+    seen = set()
+    for row in (line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 6):
+        named = documented(row[3], r"`(?:transforms\.)?(\w+)`, ([^;]+)")
+        other = row[4].strip().split(":")[0] if named else ""
+        assert all(defaults[name] == value for name, value in named.items()), row
+        for name in named:
+            assert paper[name] == (ast.literal_eval(other) if other else defaults[name]), row
+        seen |= set(named)
+    assert len(seen) > 20 and {name for name in paper if paper[name] != defaults[name]} <= seen
+
+
+def test_the_documented_trainer_works(repository):
+    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {"__name__": "example"}
+    exec(compile(code, "stc3d.md", "exec"), names)
+    assert names["STC3DCenterPretrainTrainer"].config == STC3DConfig(cropping="center", dense_weight=0.5)
