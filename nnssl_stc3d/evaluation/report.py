@@ -184,8 +184,8 @@ def caveat(num_cases: int) -> str:
     cases = f"{num_cases} test case{'' if num_cases == 1 else 's'}"
     return (
         f"Behind these numbers stand {cases} and one run of each model (one seed), trained for a few minutes. That "
-        "demonstrates the tools; it is not evidence that pretraining helps. Repeats of the same training differ by "
-        "hundredths of Dice. Evidence takes several seeds and folds, full schedules, and real data."
+        "demonstrates the tools; it is not evidence that pretraining helps. Repeats of so short a training can "
+        "differ by a tenth of Dice. Evidence takes several seeds and folds, full schedules, and real data."
     )
 
 
