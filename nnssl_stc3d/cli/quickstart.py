@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -84,6 +86,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Runs the quickstart and prints the table and where the report is."""
+    # Ends by an exception when it is told to stop, so that the training that it started ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     execute(args, QuickstartSettings(), trainers_folder())
     return 0
 
