@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -72,6 +73,7 @@ class PretrainTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
+        _check_environment()
         _check_configuration(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.logger.local_logger = PretrainLogger()
@@ -435,6 +437,16 @@ class PretrainTrainer(nnUNetTrainer):
 
 def _without_network(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if not k.startswith("network.")}
+
+
+def _check_environment() -> None:
+    """Name a variable that is not set; nnU-Net's constructor fails on it with a TypeError about paths."""
+    for name, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
+        if not path.is_set():
+            raise RuntimeError(
+                f"{name} is not set. Set it to a folder, such as: export {name}=/data/{name} "
+                "(`nnssl_stc3d doctor` checks all of them)."
+            )
 
 
 def _check_configuration(plans: dict, configuration: str) -> None:

@@ -81,11 +81,18 @@ def test_cascades_are_not_supported(make_trainer, tiny_plans, tmp_path):
     make_trainer(plans=plans, configuration="3d_lowres")
 
 
+@pytest.mark.parametrize("variable", ["nnUNet_preprocessed", "nnUNet_results"])
+def test_a_variable_that_is_not_set_is_named(make_trainer, monkeypatch, variable):
+    monkeypatch.delenv(variable)
+    with pytest.raises(RuntimeError, match=f"{variable} is not set.*export {variable}="):
+        make_trainer()
+
+
 def test_a_dataset_that_is_not_preprocessed(make_trainer, nnunet):
     for file in nnunet.iterdir():
         file.unlink()
     nnunet.rmdir()
-    with pytest.raises(FileNotFoundError, match="nnUNetv2_preprocess -d Dataset801_Unlabelled -plans_name nnUNetPlans"):
+    with pytest.raises(FileNotFoundError, match="nnUNetv2_preprocess -d 801 -plans_name nnUNetPlans"):
         make_trainer().initialize()
 
 
