@@ -206,10 +206,11 @@ def wandb_record(workspace) -> Path:
 def pretrained(workspace, wandb_record) -> dict[str, Run]:
     """One pretraining of each kind of plans."""
     one_step = "OneStepPretrainTrainer"
+    stubs = os.pathsep.join(filter(None, (str(HERE / "stubs"), os.environ.get("PYTHONPATH"))))
     runs = workspace.side_by_side(
         plain=lambda: workspace.train(
             CT, "all", "ShortPretrainTrainer", PLAIN, nnUNet_compile="1", nnUNet_wandb_enabled="1",
-            nnUNet_wandb_mode="offline", PYTHONPATH=str(HERE / "stubs"), TEST_WANDB_RECORD=str(wandb_record),
+            nnUNet_wandb_mode="offline", PYTHONPATH=stubs, TEST_WANDB_RECORD=str(wandb_record),
         ),
         resenc_paper=lambda: workspace.train(CT, FOLD, "ShortPaperPretrainTrainer", RESENC, nnUNet_n_proc_DA="2"),
         anisotropic=lambda: workspace.train(MR, "all", one_step, ANISOTROPIC, nnUNet_n_proc_DA="1"),
