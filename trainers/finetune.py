@@ -8,6 +8,15 @@ class STC3DFinetuneTrainer(FinetuneTrainer):
     """Finetuning schedule of STC3D A.3.3; its own class name keeps it apart from stock results."""
 
 
+class STC3DFinetuneTrainer_quickstart(STC3DFinetuneTrainer):
+    """A few minutes on a laptop: ``nnssl_stc3d quickstart``."""
+
+    epochs = 16
+    steps_per_epoch = 25
+    validation_steps = 4
+    learning_rate = 8e-3
+
+
 STC3DFinetuneTrainer_1epoch = with_epochs(STC3DFinetuneTrainer, 1)
 STC3DFinetuneTrainer_5epochs = with_epochs(STC3DFinetuneTrainer, 5)
 STC3DFinetuneTrainer_10epochs = with_epochs(STC3DFinetuneTrainer, 10)

@@ -18,6 +18,14 @@ class STC3DPaperPretrainTrainer(PretrainTrainer):
     config = STC3DConfig.paper()
 
 
+class STC3DPretrainTrainer_quickstart(STC3DPretrainTrainer):
+    """A few minutes on a laptop: ``nnssl_stc3d quickstart``."""
+
+    epochs = 16
+    steps_per_epoch = 25
+    validation_steps = 3
+
+
 STC3DPretrainTrainer_1epoch = with_epochs(STC3DPretrainTrainer, 1)
 STC3DPretrainTrainer_5epochs = with_epochs(STC3DPretrainTrainer, 5)
 STC3DPretrainTrainer_10epochs = with_epochs(STC3DPretrainTrainer, 10)

@@ -32,7 +32,7 @@ class STC3DConfig(PretrainConfig):
     """Hyperparameters of STC3D. The defaults are the measured best, :meth:`paper` is the literal reading.
 
     Attributes:
-        grid: bases along each axis (A.7 and 2.1.2: (1, 4, 4)).
+        grid: bases along each axis; the paper does not say, VoCo has (1, 4, 4).
         base_scale: source voxels per view voxel of a base; a smaller volume gets smaller cells.
         region_scale: the same for the regions that are transformed: 1 shows the network the resolution that it will be
             finetuned at; None takes the cell of a base.
@@ -203,6 +203,7 @@ class STC3D(PretrainMethod):
             binned = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
             first, second = self._at_points(binned, self.bin_projector, batch, "bins")
             terms["info_nce"] = info_nce(first, second, config.temperature)
+            result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         if config.dense_weight > 0:
             maps = [moved[-1], *decoder_features(self.network.decoder, moved)]
             first, second = self._at_points(maps, self.dense_projector, batch, "points")
@@ -228,14 +229,13 @@ class STC3D(PretrainMethod):
 
     def _contrast_views(self, views: Tensor, overlap: Tensor) -> Tensor:
         """Eq. 11 on whole views: positives are the views of one region, negatives other regions and other volumes."""
-        size, count = views.shape[:2]
         device = views.device
-        volume = torch.arange(size, device=device).repeat_interleave(count)
-        region = torch.arange(size * self.config.regions, device=device).repeat_interleave(self.config.views_per_region)
+        region = torch.arange(len(views) * self.config.regions, device=device)
+        region = region.repeat_interleave(self.config.views_per_region)
         same_region = region[:, None] == region
         positives = same_region & ~torch.eye(len(region), dtype=torch.bool, device=device)
         close = torch.block_diag(*torch.maximum(overlap, overlap.transpose(1, 2))) > self.config.neutral_overlap
-        negatives = ~same_region & ~(close & (volume[:, None] == volume))
+        negatives = ~same_region & ~close
         return masked_info_nce(views.flatten(0, 1), positives, negatives, self.config.temperature)
 
     def _pairs(self, views: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,27 @@ def sample_features(features: Sequence[Tensor], points: Tensor) -> Tensor:
     Returns:
         ``(N, P, sum_i C_i)``
     """
-    grid = points[:, :, None, None]
-    sampled = [
-        F.grid_sample(f, grid.to(f.dtype), mode="bilinear", padding_mode="border", align_corners=False)[..., 0, 0]
-        for f in features
-    ]
-    return torch.cat(sampled, dim=1).transpose(1, 2)
+    return torch.cat([_trilinear(f, points) for f in features], dim=1).transpose(1, 2)
+
+
+def _trilinear(features: Tensor, points: Tensor) -> Tensor:
+    """Read one feature map at points, ``(N, C, ...), (N, P, 3) -> (N, C, P)`` in float32 or wider.
+
+    ``grid_sample`` would want coordinates in the precision of the features, which under autocast is too coarse, or a
+    copy of the features in float32; few points are read much cheaper by their eight neighbours.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        size = torch.tensor(features.shape[2:], dtype=points.dtype, device=points.device)
+        # The borders' values continue outside, as in rendering.
+        position = (((points.flip(-1) + 1) * size - 1) / 2).clamp(min=torch.zeros_like(size), max=size - 1)
+        lower = position.floor()
+        corners = torch.tensor(list(product((0, 1), repeat=3)), dtype=points.dtype, device=points.device)
+        index = torch.minimum(lower[:, None] + corners[:, None], size - 1).long()
+        above = (position - lower)[:, None]
+        weight = torch.where(corners[:, None] == 1, above, 1 - above).prod(-1)
+        _, height, width = features.shape[2:]
+        flat = (index[..., 0] * height + index[..., 1]) * width + index[..., 2]
+        # One gather for all corners: its backward pass writes one map instead of eight.
+        values = features.flatten(2).gather(2, flat.flatten(1)[:, None].expand(-1, features.shape[1], -1))
+        return (values.unflatten(2, flat.shape[1:]) * weight[:, None]).sum(2)

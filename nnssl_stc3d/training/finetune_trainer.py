@@ -22,6 +22,8 @@ class FinetuneTrainer(nnUNetTrainer):
     decay = 1e-5
     warmup_steps = 100
     epochs = 1000
+    steps_per_epoch = 250
+    validation_steps = 50
 
     def __init__(
         self,
@@ -35,6 +37,8 @@ class FinetuneTrainer(nnUNetTrainer):
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay
         self.num_epochs = self.epochs
+        self.num_iterations_per_epoch = self.steps_per_epoch
+        self.num_val_iterations_per_epoch = self.validation_steps
 
     def initialize(self) -> None:
         """Build the network; nnU-Net loads ``-pretrained_weights`` right afterwards, through our loader."""
