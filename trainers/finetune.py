@@ -1,7 +1,7 @@
 """Finetuning trainers."""
 
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
-from nnssl_stc3d.training.pretrain_trainer import with_epochs
+from nnssl_stc3d.training.variants import with_epochs
 
 
 class STC3DFinetuneTrainer(FinetuneTrainer):

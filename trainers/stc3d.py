@@ -1,7 +1,8 @@
 """STC3D as pretraining trainers."""
 
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
-from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer, with_epochs
+from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
+from nnssl_stc3d.training.variants import with_epochs
 
 
 class STC3DPretrainTrainer(PretrainTrainer):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from collections.abc import Iterator
 from os.path import isdir, join
 from time import time
@@ -12,13 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import autocast, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -36,10 +33,10 @@ from nnssl_stc3d.modules.feature_pyramid import check_unet, total_stride
 from nnssl_stc3d.training.figures import plot_views
 from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.monitors import collapse_monitors
+from nnssl_stc3d.training.preflight import check_configuration, check_environment
 from nnssl_stc3d.training.schedule import WarmupSchedule
-from nnssl_stc3d.training.versions import installed_versions
-from nnssl_stc3d.transfer.adaptation_plan import build_adaptation_plan
-from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically, to_plain
+from nnssl_stc3d.training.state import collect_state, restore_state
+from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically
 from nnssl_stc3d.views.batch import ViewBatch
 
 
@@ -73,8 +70,8 @@ class PretrainTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
-        _check_environment()
-        _check_configuration(plans, configuration)
+        check_environment()
+        check_configuration(plans, configuration)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.logger.local_logger = PretrainLogger()
         self.initial_lr = self.config.learning_rate
@@ -102,8 +99,7 @@ class PretrainTrainer(nnUNetTrainer):
         """
         raise RuntimeError(
             "This folder holds a self-supervised pretraining: its segmentation layers are untrained and cannot predict."
-            " "
-            "Finetune it first, for example\n  nnUNetv2_train DATASET CONFIGURATION FOLD -tr STC3DFinetuneTrainer "
+            " Finetune it first, for example\n  nnUNetv2_train DATASET CONFIGURATION FOLD -tr STC3DFinetuneTrainer "
             "-pretrained_weights .../checkpoint_final.pth\nand predict with -tr STC3DFinetuneTrainer."
         )
 
@@ -363,109 +359,20 @@ class PretrainTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
-        method, plans = self.method, self.plans_manager.plans
-        checkpoint = {
-            "network_weights": method.network.state_dict(),
-            "method_state": _without_network(method.state_dict()),
-            "method": {"name": method.name, "config": self.config.to_dict(), "transfers": list(method.transfers)},
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch if epoch is None else epoch,
-            "init_args": {"configuration": self.configuration_name, "fold": self.fold},
-            "trainer_name": self.__class__.__name__,
-            "inference_allowed_mirroring_axes": None,
-            "rng_state": {
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            },
-            "plans": plans,
-            "dataset_json": self.dataset_json,
-            "configuration": self.configuration_name,
-            "versions": installed_versions() | {"python": platform.python_version()},
-            "nnssl_adaptation_plan": build_adaptation_plan(
-                plans, self.configuration_name, self.num_input_channels, method.network
-            ),
-        }
-        save_checkpoint_atomically(to_plain(checkpoint), join(self.output_folder, filename))
+        epoch = self.current_epoch if epoch is None else epoch
+        save_checkpoint_atomically(collect_state(self, epoch), join(self.output_folder, filename))
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue a pretraining: weights, heads, optimiser, log, epoch and random states.
-
-        Raises:
-            ValueError: if the checkpoint is not of this method and network.
-        """
+        """Continue a pretraining from a file or what :func:`collect_state` returned."""
         if not self.was_initialized:
             self.initialize()
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint, pretraining=True)
-        saved = checkpoint["method"]
-        if saved["name"] != self.method.name:
-            raise ValueError(
-                f"this trainer continues {self.method.name}, but the checkpoint was written by {saved['name']}. "
-                f"Continue with -tr {checkpoint['trainer_name']}."
-            )
-        current = self.config.to_dict()
-        changed = [f"{k}: {saved['config'].get(k)} -> {v}" for k, v in current.items() if saved["config"].get(k) != v]
-        if changed:
-            self.print_to_log_file(f"WARNING: continuing with options that differ from before: {'; '.join(changed)}")
-        state = {f"network.{k}": v for k, v in checkpoint["network_weights"].items()} | checkpoint["method_state"]
-        try:
-            self.method.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the checkpoint does not fit this network; was the dataset planned again since? {error}"
-            ) from error
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
-        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
-        self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
-        self.current_epoch = checkpoint["current_epoch"]
-        torch.set_rng_state(checkpoint["rng_state"]["torch"])
-        if self.device.type == "cuda" and checkpoint["rng_state"]["cuda"] is not None:
-            torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], self.device)
+        restore_state(self, checkpoint)
 
     def _to_device(self, batch: ViewBatch) -> ViewBatch:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self.device, non_blocking=True)
 
         return batch._replace(views=move(batch.views), targets={k: move(v) for k, v in batch.targets.items()})
-
-
-def _without_network(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in state.items() if not k.startswith("network.")}
-
-
-def _check_environment() -> None:
-    """Name a variable that is not set; nnU-Net's constructor fails on it with a TypeError about paths."""
-    for name, path in (("nnUNet_preprocessed", nnUNet_preprocessed), ("nnUNet_results", nnUNet_results)):
-        if not path.is_set():
-            raise RuntimeError(
-                f"{name} is not set. Set it to a folder, such as: export {name}=/data/{name} "
-                "(`nnssl_stc3d doctor` checks all of them)."
-            )
-
-
-def _check_configuration(plans: dict, configuration: str) -> None:
-    """Refuse what is not a plain 3D configuration, before nnU-Net makes any folder."""
-    manager = PlansManager(plans).get_configuration(configuration)
-    if len(manager.patch_size) != 3:
-        raise NotImplementedError(
-            f"pretraining supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} "
-            "dimensions. Use 3d_fullres or 3d_lowres."
-        )
-    if manager.previous_stage_name is not None:
-        raise NotImplementedError(
-            f"pretraining does not support cascades: {configuration} needs the predictions of "
-            f"{manager.previous_stage_name}. Use 3d_fullres or 3d_lowres."
-        )
-
-
-def with_epochs(trainer: type[nnUNetTrainer], epochs: int) -> type[nnUNetTrainer]:
-    """A shorter variant of a trainer, called ``<trainer>_1epoch`` or ``<trainer>_<n>epochs``."""
-    name = f"{trainer.__name__}_{epochs}epoch{'' if epochs == 1 else 's'}"
-    doc = f"{trainer.__name__} for {epochs} epoch{'' if epochs == 1 else 's'}."
-    return type(name, (trainer,), {"epochs": epochs, "__doc__": doc, "__module__": trainer.__module__})

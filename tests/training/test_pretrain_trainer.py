@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
-from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer, with_epochs
+from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
+from nnssl_stc3d.training.variants import with_epochs
 
 
 def started(trainer):
