@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import blosc2
 import numpy as np
@@ -16,7 +15,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from nnssl_stc3d.methods.base import config_from_dict
-from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.methods.stc3d import STC3DConfig
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
 from nnssl_stc3d.training.variants import with_epochs
@@ -324,157 +323,3 @@ def test_ranks_see_different_views(make_trainer):
         trainer.local_rank = rank
     a, b = first._datasets()[0][0], second._datasets()[0][0]
     assert not torch.equal(a.batch.views, b.batch.views)
-
-
-# ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
-    trainer = started(make_trainer())
-    steps(trainer, 2)
-    # The value types that a run may put there and torch's safe loading refuses.
-    trainer.logger.log("val_losses", np.float64(1.5), 0)
-    trainer._best_ema = np.float32(0.5)
-    trainer.current_epoch = 1
-    trainer._save("checkpoint_latest.pth")
-    path = f"{trainer.output_folder}/checkpoint_latest.pth"
-    saved = torch.load(path, weights_only=True)
-    assert saved["current_epoch"] == 1
-    assert saved["method"]["name"] == "STC3D" and saved["method"]["transfers"] == ["encoder", "decoder"]
-    assert config_from_dict(STC3DConfig, saved["method"]["config"]) == trainer.config
-    assert type(saved["_best_ema"]) is float
-    assert saved["plans"]["plans_name"] == "nnUNetPlans" and "continue_training" not in saved["plans"]
-    assert {"nnssl_stc3d", "nnunetv2", "torch", "python"} <= set(saved["versions"])
-
-    torch.manual_seed(99)
-    other = make_trainer()
-    torch.manual_seed(99)
-    other.load_checkpoint(path)
-    assert other.current_epoch == 1
-    for key, value in weights(trainer).items():
-        assert torch.equal(value, weights(other)[key]), key
-    assert torch.equal(torch.get_rng_state(), saved["rng_state"]["torch"])
-    started(other)
-    started(trainer)
-    assert steps(other, 2) == steps(trainer, 2)
-    for key, value in weights(trainer).items():
-        assert torch.equal(value, weights(other)[key]), key
-
-
-def test_nothing_is_written_when_checkpointing_is_disabled(make_trainer):
-    trainer = started(make_trainer())
-    trainer.disable_checkpointing = True
-    trainer._save("checkpoint_latest.pth")
-    trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
-    with pytest.raises(ValueError, match="is not there"):
-        make_trainer().load_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(make_trainer, monkeypatch):
-    trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
-    path = f"{trainer.output_folder}/checkpoint_latest.pth"
-    before = open(path, "rb").read()
-
-    def full(value, file, *args, **kwargs):
-        file.write(b"half a file")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    steps(trainer, 1)
-    with pytest.raises(RuntimeError, match=r"(?s)No space left on device.*previous file.*untouched.*--c"):
-        trainer._save("checkpoint_latest.pth")
-    assert open(path, "rb").read() == before
-
-
-def test_a_checkpoint_of_another_method_is_refused(make_trainer):
-    trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
-    path = f"{trainer.output_folder}/checkpoint_latest.pth"
-    saved = torch.load(path, weights_only=True)
-    saved["method"]["name"] = "VoCo"
-    saved["trainer_name"] = "VoCoPretrainTrainer"
-    with pytest.raises(ValueError, match="continues STC3D, but .* written by VoCo. Continue with -tr VoCoPretrain"):
-        make_trainer().load_checkpoint(saved)
-
-
-def test_a_checkpoint_of_another_network_is_refused(make_trainer, tiny_plans):
-    trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
-    other = make_trainer(plans=tiny_plans(features_per_stage=[4, 8, 16]))
-    with pytest.raises(ValueError, match="does not fit this network; was the dataset planned again"):
-        other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
-
-
-def test_a_finetuning_checkpoint_cannot_be_continued(make_trainer, tmp_path):
-    trainer = started(make_trainer())
-    torch.save(
-        {"network_weights": trainer.method.network.state_dict(), "trainer_name": "nnUNetTrainer"}, tmp_path / "a.pth"
-    )
-    with pytest.raises(ValueError, match="Expected a pretraining checkpoint .* written by nnUNetTrainer"):
-        make_trainer().load_checkpoint(str(tmp_path / "a.pth"))
-
-
-def test_options_that_changed_since_the_checkpoint_are_reported(make_trainer, tiny_trainer):
-    trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
-
-    class Warmer(tiny_trainer):
-        config = replace(tiny_trainer.config, temperature=0.5)
-
-    other = make_trainer(Warmer)
-    other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
-    assert "options that differ from before: temperature: 0.1 -> 0.5" in open(other.log_file).read()
-
-
-def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(make_trainer, monkeypatch):
-    trainer = started(make_trainer())
-    written = []
-    monkeypatch.setattr(trainer, "_save", lambda name, *_: written.append((trainer.current_epoch, name)))
-    for epoch, loss in enumerate([3.0, 1.0, 10.0, 1.0]):
-        trainer.current_epoch = epoch
-        trainer.on_epoch_start()
-        trainer.logger.log("lrs", 0.1, epoch)
-        trainer.logger.log("train_losses", loss, epoch)
-        trainer.logger.log("val_losses", loss, epoch)
-        trainer.on_epoch_end()
-    # Smoothed: 3, 2.8, 3.52, 3.27.
-    assert [epoch for epoch, name in written if name == "checkpoint_best.pth"] == [1, 2]
-    assert trainer._best_ema == pytest.approx(2.8)
-
-
-# ---- a method of one's own ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _CountingConfig(STC3DConfig):
-    weight: float = 2.0
-
-
-class _Counting(STC3D):
-    """A method with a buffer that changes after every step, such as an EMA teacher."""
-
-    name = "Counting"
-
-    def __init__(self, network, config):
-        super().__init__(network, config)
-        self.register_buffer("progress", torch.zeros(()))
-
-    def after_step(self, progress):
-        self.progress.fill_(progress)
-
-
-def test_buffers_of_a_method_are_updated_saved_and_restored(make_trainer, tiny_trainer):
-    class Trainer(tiny_trainer):
-        method_class = _Counting
-        config = _CountingConfig(batch_size=2, grid=(1, 2, 2), projector_hidden=8, projector_dim=4, dense_dim=4)
-
-    trainer = started(make_trainer(Trainer))
-    steps(trainer, 2)
-    assert float(trainer.method.progress) == 0.5
-    trainer._save("checkpoint_latest.pth")
-    other = make_trainer(Trainer)
-    other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
-    assert float(other.method.progress) == 0.5
-    saved = torch.load(f"{trainer.output_folder}/checkpoint_latest.pth", weights_only=True)
-    assert saved["method"]["config"]["weight"] == 2.0
