@@ -44,7 +44,7 @@ from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
 SIZES = {
     # features of the network, view, volumes a batch, shape of a case, patch of the plan
     "quick": ((8, 16, 32), 16, 2, (40, 64, 64), 32),
-    "cpu": ((32, 64, 128, 256), 32, 2, (96, 160, 160), 64),
+    "cpu": ((16, 32, 64, 128), 32, 2, (96, 160, 160), 64),
     "full": ((32, 64, 128, 256, 320, 320), 64, 4, (160, 320, 320), 128),
 }
 CONFIGS = {"default": STC3DConfig(), "paper": STC3DConfig.paper()}
@@ -240,7 +240,9 @@ def main() -> None:
                     Row(f"{config}: time, step / {variant}", value, target if variant == judged else None, note=note)
                 )
             note = f"{worker:.3f} s of processor time for a batch of {bench.dataset.sampler.n_views * batch_size} views"
-            rows.append(Row(f"{config}: worker's batch / step", worker / seconds(timings["step"]), 1.0, note=note))
+            rows.append(
+                Row(f"{config}: worker's batch / step", ratio(timings["batch"], timings["step"]), 1.0, note=note)
+            )
             if options.skip_memory:
                 continue
             peaks = {v: memory_of(folder, config, v, options, 1 if options.quick else 3) for v in ("step", *variants)}
