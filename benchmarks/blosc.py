@@ -86,7 +86,7 @@ def main() -> None:
                 f"without padding {counts[1] / wanted:.2f}, whole volume {full:.2f}; "
                 f"{counts[0] * _ITEM / steps / 2**20:.1f} MiB a step; blocks {block}, chunks {chunk}"
             )
-            rows.append(Row(f"{data.name} {data.shape}, {name}", counts[0] / wanted, 2.0, note=note))
+            rows.append(Row(f"{data.name} {data.shape}, {name}", float(counts[0] / wanted), 2.0, note=note))
     report("Bytes decompressed / bytes of the boxes", rows, machine(), options)
 
 
