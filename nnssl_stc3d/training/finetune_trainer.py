@@ -7,6 +7,7 @@ import os
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl_stc3d.training.preflight import check_environment
 from nnssl_stc3d.training.schedule import WarmupSchedule
 from nnssl_stc3d.transfer.load import use_reporting_loader
 
@@ -33,6 +34,7 @@ class FinetuneTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),
     ) -> None:
+        check_environment()
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay

@@ -283,6 +283,12 @@ class PretrainTrainer(nnUNetTrainer):
         """Log the loss, its terms and the collapse monitors."""
         pairs = [o.pop(EMBEDDINGS) for o in val_outputs if EMBEDDINGS in o]
         self._log_terms("val", val_outputs)
+        if not np.isfinite(self.logger.get_value("val_losses", step=-1)):
+            # The loss of the last step was finite, its gradients were not: no checkpoint shall hold what they made.
+            raise RuntimeError(
+                f"the validation loss is not finite after epoch {self.current_epoch}; the last checkpoint is from "
+                "before. Lower the learning rate, or continue from that checkpoint with --c."
+            )
         if pairs:
             for name, value in collapse_monitors(torch.cat(pairs)).items():
                 self.logger.log(name, value, self.current_epoch)

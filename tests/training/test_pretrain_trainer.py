@@ -209,6 +209,16 @@ def test_a_loss_that_is_not_finite_names_the_cases(make_trainer):
         assert names[0] in message
 
 
+def test_weights_that_are_not_finite_after_an_epoch_are_not_saved(make_trainer):
+    trainer = started(make_trainer())
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        next(p for p in trainer.method.network.encoder.parameters()).fill_(float("nan"))
+        outputs = [trainer.validation_step(next(trainer.dataloader_val))]
+    with pytest.raises(RuntimeError, match="validation loss is not finite after epoch 0"):
+        trainer.on_validation_epoch_end(outputs)
+
+
 def test_gradients_are_clipped(make_trainer, tiny_trainer, monkeypatch):
     norms = []
     original = torch.nn.utils.clip_grad_norm_
