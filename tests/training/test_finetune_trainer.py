@@ -93,3 +93,9 @@ def test_nothing_is_written_when_checkpointing_is_disabled(trainer, tmp_path):
     trainer.disable_checkpointing = True
     trainer.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
     assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_a_variable_that_is_not_set_is_named(make_trainer, monkeypatch):
+    monkeypatch.delenv("nnUNet_results")
+    with pytest.raises(RuntimeError, match="nnUNet_results is not set.*export nnUNet_results="):
+        make_trainer(FinetuneTrainer, fold=0)
