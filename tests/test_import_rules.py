@@ -17,7 +17,7 @@ ALLOWED = {
     "transfer": set(),
     "methods": {"views", "losses", "modules"},
     "data": {"views"},
-    "prepare": {"views", "data"},
+    "prepare": {"views", "data", "transfer"},
     "training": {"methods", "data", "views", "transfer", "modules"},
     "evaluation": {"transfer", "training", "methods", "data", "views", "modules"},
     "cli": ALL,

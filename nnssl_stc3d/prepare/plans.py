@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_stc3d.transfer.adaptation_plan import resolve_configuration
+
 # Entries of arch_kwargs that hold one value per encoder stage, and one per decoder stage, in PlainConvUNet and
 # ResidualEncoderUNet.
 PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
@@ -94,7 +96,7 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
     return plans
 
 
-def resolve_configuration(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+def trainable_configuration(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     """Copies one configuration with everything that it inherits.
 
     Args:
@@ -108,21 +110,7 @@ def resolve_configuration(plans: dict[str, Any], configuration: str) -> dict[str
         ValueError: there is no such configuration, or it inherits from itself.
         NotImplementedError: it is 2D or a cascade.
     """
-    chain: list[str] = []
-    layers: list[dict[str, Any]] = []
-    name: str | None = configuration
-    while name is not None:
-        if name not in plans["configurations"] or name in chain:
-            raise ValueError(
-                f"Configuration {configuration!r} cannot be resolved at {name!r}; the plans have "
-                f"{', '.join(plans['configurations'])}."
-            )
-        chain.append(name)
-        layers.append(plans["configurations"][name])
-        name = layers[-1].get("inherits_from")
-    resolved: dict[str, Any] = {}
-    for layer in reversed(layers):
-        resolved.update(deepcopy(layer))
+    resolved = resolve_configuration(plans, configuration)
     resolved.pop("inherits_from", None)
     if len(resolved.get("patch_size", ())) != 3:
         raise NotImplementedError(
@@ -220,11 +208,11 @@ def derive_small_plans(
         The new plans, with `plans_name` set.
 
     Raises:
-        ValueError: see `resolve_configuration`; the patch is not divisible by the strides.
+        ValueError: see `trainable_configuration`; the patch is not divisible by the strides.
         NotImplementedError: 2D, a cascade or an architecture without stages.
     """
     small = small or SmallPlansConfig()
-    resolved = resolve_configuration(plans, configuration)
+    resolved = trainable_configuration(plans, configuration)
     kwargs = _architecture(resolved)
     depth = int(kwargs["n_stages"])
     stages = min(small.stages or depth, depth)

@@ -15,7 +15,7 @@ from nnssl_stc3d.prepare.plans import (
     SmallPlansConfig,
     derive_small_plans,
     fit_patch_size,
-    resolve_configuration,
+    trainable_configuration,
     write_small_plans,
 )
 
@@ -103,7 +103,7 @@ def test_data_stay_shared_and_the_source_is_untouched():
 
 
 def test_inherited_entries_are_resolved():
-    resolved = resolve_configuration(make_plans(), "3d_child")
+    resolved = trainable_configuration(make_plans(), "3d_child")
     assert resolved["spacing"] == [2.0, 1.0, 1.0] and resolved["patch_size"] == [64, 128, 128]
     assert "inherits_from" not in resolved
     assert "next_stage" not in derive_small_plans(make_plans(), "s", "3d_lowres")["configurations"]["3d_lowres"]
@@ -111,15 +111,15 @@ def test_inherited_entries_are_resolved():
 
 def test_unsupported_configurations_are_refused():
     with pytest.raises(NotImplementedError, match="only 3D"):
-        resolve_configuration(make_plans(), "2d")
+        trainable_configuration(make_plans(), "2d")
     with pytest.raises(NotImplementedError, match="cascade"):
-        resolve_configuration(make_plans(), "3d_cascade_fullres")
+        trainable_configuration(make_plans(), "3d_cascade_fullres")
     with pytest.raises(ValueError, match="3d_fullres"):
-        resolve_configuration(make_plans(), "3d_fulres")
+        trainable_configuration(make_plans(), "3d_fulres")
     circle = make_plans()
     circle["configurations"]["3d_fullres"]["inherits_from"] = "3d_child"
-    with pytest.raises(ValueError, match="cannot be resolved"):
-        resolve_configuration(circle, "3d_fullres")
+    with pytest.raises(ValueError, match="no usable configuration"):
+        trainable_configuration(circle, "3d_fullres")
     other = make_plans()
     other["configurations"]["3d_fullres"]["architecture"] = {"network_class_name": "a.B", "arch_kwargs": {}}
     with pytest.raises(NotImplementedError, match=r"a\.B"):
@@ -136,7 +136,7 @@ def test_patches_that_the_strides_do_not_divide_are_refused_with_ones_that_fit()
 @pytest.mark.parametrize("voxels", [20_000, 60_000, 10**9])
 @pytest.mark.parametrize("stages", [None, 3])
 def test_fitted_patch(voxels, stages):
-    configuration = resolve_configuration(make_plans(), "3d_fullres")
+    configuration = trainable_configuration(make_plans(), "3d_fullres")
     patch = np.array(fit_patch_size(configuration, voxels, stages))
     stride = np.array(STRIDES[:stages]).prod(axis=0)
     assert (patch % stride == 0).all() and (patch <= [64, 128, 128]).all()
