@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +123,7 @@ def read_raw_dataset(folder: Path) -> RawDataset:
                     f"{folder / name} is missing. Expected the training images in imagesTr and their labels in "
                     f"labelsTr."
                 )
-    # the look-up writes absolute paths into the description that it is given
-    found = get_filenames_of_train_images_and_targets(str(folder), json.loads(json.dumps(description)))
-    cases = tuple(
-        RawCase(name, tuple(Path(i) for i in found[name]["images"]), Path(found[name]["label"]))
-        for name in sorted(found)
-    )
+    cases = _list_cases(folder, description)
     _check_files(cases, len(description["channel_names"]), folder, description["file_ending"])
     dataset = RawDataset(folder, description, cases)
     image, _ = dataset.reader().read_images([str(i) for i in cases[0].images])
@@ -135,6 +132,32 @@ def read_raw_dataset(folder: Path) -> RawDataset:
             f"{cases[0].images[0]} is a 2D image (read as {image.shape}, channels first). Only 3D images are supported."
         )
     return dataset
+
+
+def _list_cases(folder: Path, description: dict[str, Any]) -> tuple[RawCase, ...]:
+    """Finds the files of all cases as nnU-Net does, sorted by name."""
+    if "dataset" in description:
+        # The look-up writes absolute paths into the description that it is given.
+        found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(description))
+        return tuple(
+            RawCase(name, tuple(Path(i) for i in found[name]["images"]), Path(found[name]["label"]))
+            for name in sorted(found)
+        )
+    # Listed here: nnU-Net forks a pool of processes for it, which can hang in a process that has threads.
+    ending = description["file_ending"]
+    images: dict[str, list[Path]] = {}
+    for path in sorted((folder / "imagesTr").iterdir()):
+        if path.name.endswith(ending):
+            images.setdefault(path.name[: -len(ending) - len("_0000")], []).append(path)
+    return tuple(
+        RawCase(name, tuple(p for p in paths if _is_channel(p, name, ending)), folder / "labelsTr" / f"{name}{ending}")
+        for name, paths in sorted(images.items())
+    )
+
+
+def _is_channel(path: Path, name: str, ending: str) -> bool:
+    """Whether a file is named NAME_XXXX with four digits."""
+    return re.fullmatch(re.escape(name) + r"_\d{4}" + re.escape(ending), path.name) is not None
 
 
 def _check_files(cases: Sequence[RawCase], channels: int, folder: Path, ending: str) -> None:
