@@ -29,7 +29,7 @@ from nnssl_stc3d.views.samplers import TransformRanges, is_anisotropic
 
 @dataclass(frozen=True)
 class STC3DConfig(PretrainConfig):
-    """Hyperparameters of STC3D. The defaults are the measured best, :meth:`paper` is the literal reading.
+    """Hyperparameters of STC3D. The defaults go beyond the paper, :meth:`paper` is the literal reading.
 
     Attributes:
         grid: bases along each axis; the paper does not say, VoCo has (1, 4, 4).
