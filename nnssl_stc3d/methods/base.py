@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from nnssl_stc3d.modules.feature_pyramid import check_unet
+from nnssl_stc3d.modules.feature_pyramid import check_unet, total_stride
 from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.samplers import ViewSampler
 
@@ -30,7 +30,9 @@ class PretrainConfig:
         optimizer: "adamw", "adam" or "sgd" (STC3D 3.4.3, with ``momentum`` and Nesterov).
         learning_rate: peak of the schedule.
         weight_decay: decoupled for AdamW.
+        weight_decay_end: reached at the end along a cosine (Alice's released code); None keeps ``weight_decay``.
         momentum: of SGD, and beta1 of Adam.
+        beta2: of Adam.
         amsgrad: variant of Adam that VoCo's released code uses.
         schedule: "cosine" to zero or "constant", after the warm-up.
         warmup_steps: steps of linear warm-up.
@@ -44,7 +46,9 @@ class PretrainConfig:
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    weight_decay_end: float | None = None
     momentum: float = 0.9
+    beta2: float = 0.999
     amsgrad: bool = False
     schedule: str = "cosine"
     warmup_steps: int = 100
@@ -56,6 +60,10 @@ class PretrainConfig:
         choices(self, optimizer=("adamw", "adam", "sgd"), schedule=("cosine", "constant"))
         positive(self, "batch_size", "learning_rate", "gradient_clip")
         not_negative(self, "weight_decay", "momentum", "warmup_steps", "intensity", "seed")
+        if self.weight_decay_end is not None:
+            not_negative(self, "weight_decay_end")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
         if self.view_shape is not None and (len(self.view_shape) != 3 or min(self.view_shape) < 1):
             raise ValueError(f"view_shape must be three positive numbers (Z, Y, X) or None, got {self.view_shape}")
 
@@ -86,9 +94,38 @@ class PretrainMethod(nn.Module, ABC):
 
     def __init__(self, network: nn.Module, config: PretrainConfig) -> None:
         super().__init__()
-        check_unet(network)
+        self.check_network(network)
         self.network = network
         self.config = config
+
+    @classmethod
+    def check_network(cls, network: nn.Module) -> None:
+        """Refuse networks that the method cannot pretrain, with NotImplementedError."""
+        check_unet(network)
+
+    @classmethod
+    def resolve(cls, config: Any, network: nn.Module, patch_size: Sequence[int]) -> Any:
+        """The configuration with everything set that depends on the network and the plan.
+
+        Args:
+            config: as the trainer names it; ``view_shape`` may be None.
+            network: that will be pretrained.
+            patch_size: ``(Z, Y, X)`` of the plan.
+
+        Raises:
+            ValueError: if the network cannot take views of the configured shape.
+        """
+        stride = total_stride(network)
+        if config.view_shape is None:
+            return dataclasses.replace(config, view_shape=default_view_shape(patch_size, stride))
+        check_view_shape(config.view_shape, stride)
+        return config
+
+    def compile_network(self) -> None:
+        """Compile in place, stage by stage: state-dict keys stay; losses with data-dependent shapes are left alone."""
+        self.network.encoder.compile()
+        for stage in self.network.decoder.stages:
+            stage.compile()
 
     def freeze_untrained(self) -> None:
         """Freeze what the method leaves untrained: DDP refuses parameters that get no gradient."""

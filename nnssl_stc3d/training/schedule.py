@@ -1,4 +1,4 @@
-"""Learning rate per step: linear warm-up, then cosine to zero or constant."""
+"""Learning rate and weight decay per step: linear warm-up, then cosine to zero or constant."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class WarmupSchedule:
         epochs: length of the training.
         warmup_steps: steps of linear warm-up, at most a tenth of the training, so that short variants reach the peak.
         shape: "cosine" or "constant".
+        weight_decay_end: weight decay at the end, reached from the optimiser's along a cosine; None keeps that.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class WarmupSchedule:
         epochs: int,
         warmup_steps: int,
         shape: str = "cosine",
+        weight_decay_end: float | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.peak = peak
@@ -34,6 +36,8 @@ class WarmupSchedule:
         self.total = max(1, steps_per_epoch * epochs)
         self.warmup = min(warmup_steps, self.total // 10)
         self.shape = shape
+        self.weight_decay = optimizer.defaults["weight_decay"]
+        self.weight_decay_end = weight_decay_end
         self.iteration = 0
 
     def step(self, epoch: int) -> None:
@@ -63,3 +67,6 @@ class WarmupSchedule:
     def _apply(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iteration)
+            if self.weight_decay_end is not None:
+                share = 0.5 * (1 - cos(pi * self.progress))
+                group["weight_decay"] = self.weight_decay + share * (self.weight_decay_end - self.weight_decay)
