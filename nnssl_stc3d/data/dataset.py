@@ -52,6 +52,10 @@ class CaseDataset:
         """``(Z, Y, X)`` of a case."""
         return tuple(self.open(identifier).shape[1:])
 
+    def modified(self, identifier: str) -> float:
+        """When a case was written, seconds since the epoch."""
+        return self._path(identifier).stat().st_mtime
+
     def read(self, identifier: str, box: Box) -> np.ndarray:
         """Read a box, ``(C, Z, Y, X)`` float32.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.views.batch import ViewBatch
+from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.intensity import augment_views, intensity_transforms
 from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import ViewSampler
@@ -31,11 +32,13 @@ class Sample(NamedTuple):
         sources: boxes ``(C, Z, Y, X)`` of the volumes, as read.
         specs: ``source (V,)``, ``center (V, 3)``, ``matrix (V, 3, 3)``, in voxels of the boxes.
         views: ``(V, C, *view_shape)``.
+        targets: what the sampler found while sampling.
     """
 
     sources: list[torch.Tensor]
     specs: ViewSpecs
     views: torch.Tensor
+    targets: dict[str, torch.Tensor] = {}
 
 
 class ViewDataset(Dataset):
@@ -47,18 +50,31 @@ class ViewDataset(Dataset):
         batch_size: samples in a batch.
         intensity: strength of the intensity augmentation, 0 for none.
         seed: what distinguishes runs, ranks and training from validation.
+        guides: of every case, for samplers that are guided.
     """
 
     def __init__(
-        self, cases: CaseDataset, sampler: ViewSampler, batch_size: int, intensity: float, seed: tuple[int, ...]
+        self,
+        cases: CaseDataset,
+        sampler: ViewSampler,
+        batch_size: int,
+        intensity: float,
+        seed: tuple[int, ...],
+        guides: Mapping[str, Guide] | None = None,
     ) -> None:
         if len(cases.identifiers) < sampler.n_sources:
             raise ValueError(f"this method looks at {sampler.n_sources} cases at once, got {len(cases.identifiers)}")
+        if sampler.guided and guides is None:
+            raise ValueError(
+                f"{type(sampler).__name__} samples with guides, got none. Make them with "
+                "nnssl_stc3d.data.guides.body_guides and pass them as guides=..."
+            )
         self.cases = cases
         self.sampler = sampler
         self.batch_size = batch_size
         self.transform = intensity_transforms(intensity)
         self.seed = seed
+        self.guides = guides if sampler.guided else None
 
     def __getitem__(self, index: int) -> LoadedBatch:
         rng = self._rng(index)
@@ -66,7 +82,8 @@ class ViewDataset(Dataset):
         samples = [self._sample(names, rng) for names in chosen]
         specs = stack_specs([s.specs for s in samples])
         views = torch.stack([s.views for s in samples])
-        return LoadedBatch(ViewBatch(views, specs, self.sampler.targets(specs, rng)), chosen)
+        targets = {name: torch.stack([s.targets[name] for s in samples]) for name in samples[0].targets}
+        return LoadedBatch(ViewBatch(views, specs, targets | self.sampler.targets(specs, rng)), chosen)
 
     def preview(self, index: int) -> tuple[Sample, list[str]]:
         """The first sample of a batch with the sources it looks into, and the names of its cases."""
@@ -78,9 +95,13 @@ class ViewDataset(Dataset):
         return np.random.default_rng([*self.seed, index])
 
     def _sample(self, names: list[str], rng: np.random.Generator) -> Sample:
-        boxes, specs = self.sampler.sample([self.cases.shape(name) for name in names], rng)
+        shapes = [self.cases.shape(name) for name in names]
+        if self.guides is None:
+            boxes, specs, targets = self.sampler.sample(shapes, rng)
+        else:
+            boxes, specs, targets = self.sampler.sample(shapes, rng, [self.guides[name] for name in names])
         sources = [torch.from_numpy(self.cases.read(name, box)) for name, box in zip(names, boxes)]
-        return Sample(sources, specs, self._render(sources, specs, rng))
+        return Sample(sources, specs, self._render(sources, specs, rng), targets)
 
     def _choose(self, rng: np.random.Generator) -> list[list[str]]:
         """Cases of one batch: no case twice as long as there are enough."""

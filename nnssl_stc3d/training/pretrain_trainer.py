@@ -21,6 +21,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.data.guides import BodyRule, GuideFolder, body_guides
 from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
 from nnssl_stc3d.methods.base import (
     EMBEDDINGS,
@@ -200,6 +201,7 @@ class PretrainTrainer(nnUNetTrainer):
         sampler = self.method_class.view_sampler(
             self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
         )
+        guides = self._guides(sorted({*training_keys, *validation_keys})) if sampler.guided else None
         training, validation = (
             ViewDataset(
                 CaseDataset(self.preprocessed_dataset_folder, keys),
@@ -207,10 +209,22 @@ class PretrainTrainer(nnUNetTrainer):
                 self.batch_size,
                 intensity,
                 (self.config.seed, split, self.local_rank),
+                guides,
             )
             for split, (keys, intensity) in enumerate(((training_keys, self.config.intensity), (validation_keys, 0.0)))
         )
         return training, validation
+
+    def _guides(self, identifiers: list[str]) -> GuideFolder:
+        """What samplers may know of the cases."""
+        return body_guides(
+            CaseDataset(self.preprocessed_dataset_folder, identifiers),
+            BodyRule.of_plan(self.plans_manager.plans, self.configuration_manager.configuration),
+            self.print_to_log_file,
+            get_allowed_n_proc_DA(),
+            (self.local_rank, dist.get_world_size() if self.is_ddp else 1),
+            progress=self.local_rank == 0,
+        )
 
     def _resolve(self, unet: nn.Module) -> PretrainConfig:
         """The configuration with the view shape that is used."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnssl_stc3d.views.geometry import matching_points, overlap_fraction
+from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.samplers import (
     Sampled,
     TransformRanges,
@@ -71,7 +72,9 @@ class RegionSampler(ViewSampler):
         self.n_bases = 0 if self.grid is None else int(np.prod(self.grid))
         self.n_views = self.n_bases + self.regions * self.views_per_region
 
-    def sample(self, shapes: Sequence[Sequence[int]], rng: np.random.Generator) -> Sampled:
+    def sample(
+        self, shapes: Sequence[Sequence[int]], rng: np.random.Generator, guides: Sequence[Guide] = ()
+    ) -> Sampled:
         """See :meth:`ViewSampler.sample`."""
         (shape,) = shapes
         check_volume(shape)
@@ -79,6 +82,7 @@ class RegionSampler(ViewSampler):
         grid = self.grid or (1, 1, 1)
         size = np.minimum(volume, view * self.base_scale * np.asarray(grid))
         start = place_window(shape, size, self.placement, rng)
+        del guides
         cells, cell = grid_cells(start, size, grid)
         centers = list(cells[: self.n_bases])
         matrices = [np.diag(cell / view)] * self.n_bases

@@ -1,4 +1,4 @@
-"""Samplers decide where to look. They see shapes and spacings only, never voxels; they are seeded and picklable."""
+"""Samplers decide where to look. They see shapes, spacings and coarse guides, never voxels; seeded and picklable."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nnssl_stc3d.views.geometry import bounding_half_extent, overlap_fraction
+from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.spec import ViewSpecs
 
 MIN_VOLUME = 16
@@ -74,10 +75,13 @@ class Sampled(NamedTuple):
 class ViewSampler(ABC):
     """Draws the views of one sample and whatever follows from their geometry alone.
 
+        targets: what only the sampling knows, such as points inside the body, without a batch axis: the loader stacks
+            the samples' and adds what :meth:`ViewSampler.targets` computes.
     Attributes:
         view_shape: ``(Z, Y, X)`` of every view, voxels.
         n_views: views in a sample.
         n_sources: source volumes in a sample.
+    targets: dict[str, Tensor] = {}
     """
 
     view_shape: tuple[int, int, int]
@@ -85,13 +89,17 @@ class ViewSampler(ABC):
     n_sources: int = 1
 
     @abstractmethod
-    def sample(self, shapes: Sequence[Sequence[int]], rng: np.random.Generator) -> Sampled:
+    def sample(
+        self, shapes: Sequence[Sequence[int]], rng: np.random.Generator, guides: Sequence[Guide] = ()
+    ) -> Sampled:
         """Draw the views of one sample.
+        guided: whether :meth:`sample` wants to know more of the volumes than their shapes.
 
         Args:
             shapes: ``(Z, Y, X)`` of each of ``n_sources`` volumes.
             rng: the only source of randomness.
 
+    guided: bool = False
         Raises:
             ValueError: if a volume is smaller than 16 voxels along an axis.
         """
@@ -100,6 +108,7 @@ class ViewSampler(ABC):
         """Labels and corresponding points that follow from the specifications of a whole batch."""
         del specs, rng
         return {}
+            guides: of the same volumes, if ``guided``.
 
 
 def is_anisotropic(patch_size: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.loader import ViewDataset, batches, endless
+from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.region_sampler import RegionSampler
 from nnssl_stc3d.views.samplers import TransformRanges, ViewSampler, to_sampled
 
@@ -212,3 +213,47 @@ def test_workers_are_gone_when_the_loader_is(folder):
     for process in started:
         process.join(10)
         assert not process.is_alive()
+
+
+@dataclass
+class GuidedSampler(CornerSampler):
+    """Notes how many cells of each guide are body, and a random number."""
+
+    guided: bool = True
+
+    def sample(self, shapes, rng, guides=()):
+        found = super().sample(shapes, rng)
+        cells = torch.tensor([guide.body.sum() for guide in guides])
+        return found._replace(targets={"cells": cells, "drawn": torch.tensor(rng.uniform())})
+
+    def targets(self, specs, rng):
+        return {"samples": torch.tensor(len(specs.source))}
+
+
+def guides_of(names) -> dict[str, Guide]:
+    """Case i gets i + 1 cells of body."""
+    counts = {name: int(name.removeprefix("case_")) + 1 for name in names}
+    return {name: Guide((3.0, 3.0, 3.0), np.ones((1, 1, count), dtype=bool)) for name, count in counts.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_guided_samplers_get_the_guides_of_their_cases_and_their_targets_are_stacked(folder, workers):
+    cases = CaseDataset(folder, CaseDataset.list_identifiers(folder))
+    sampler = GuidedSampler(n_sources=2, n_views=2)
+    dataset = ViewDataset(cases, sampler, 3, 0.0, (0, 0, 0), guides_of(cases.identifiers))
+    for loaded in batches(dataset, 0, 3, workers, pin_memory=False):
+        expected = [[int(name.removeprefix("case_")) + 1 for name in names] for names in loaded.cases]
+        assert loaded.batch.targets["cells"].tolist() == expected
+        assert loaded.batch.targets["drawn"].shape == (3,) and loaded.batch.targets["drawn"].unique().numel() == 3
+        assert loaded.batch.targets["samples"] == 3
+
+
+def test_a_guided_sampler_without_guides_is_refused(folder):
+    with pytest.raises(ValueError, match="GuidedSampler samples with guides, got none"):
+        make(folder, sampler=GuidedSampler())
+
+
+def test_other_samplers_are_not_bothered_with_guides(folder):
+    cases = CaseDataset(folder, CaseDataset.list_identifiers(folder))
+    loaded = ViewDataset(cases, CornerSampler(), 2, 0.0, (0, 0, 0), guides_of(cases.identifiers))[0]
+    assert loaded.batch.targets == {}

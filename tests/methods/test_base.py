@@ -215,7 +215,7 @@ def test_a_method_of_ones_own_trains(example_folder, tiny_plans, tiny_network):
     volume = torch.randn(1, 1, 1, 24, 24, 24, generator=torch.Generator().manual_seed(0))
     samples, views = [], []
     for _ in range(4):
-        (box,), specs = sampler.sample([(24, 24, 24)], rng)
+        (box,), specs, _ = sampler.sample([(24, 24, 24)], rng)
         crop = volume[(..., *(slice(a, b) for a, b in zip(*box)))]
         samples.append(specs)
         views.append(render_views(crop, ViewSpecs(*(f[None] for f in specs)), config.view_shape)[0])

@@ -46,7 +46,7 @@ def make_batch(config: STC3DConfig, volumes: list[Tensor], seed: int = 0) -> Vie
     rng = np.random.default_rng(seed)
     specs, views = [], []
     for volume in volumes:
-        (box,), found = sampler.sample([volume.shape[3:]], rng)
+        (box,), found, _ = sampler.sample([volume.shape[3:]], rng)
         crop = volume[(..., *(slice(a, b) for a, b in zip(*box)))]
         views.append(render_views(crop, ViewSpecs(*(f[None] for f in found)), config.view_shape)[0])
         # In voxels of the volume, so that positions of different crops can be compared.

@@ -220,7 +220,7 @@ def test_boxes_hold_the_views_and_specs_are_in_their_voxels():
     shapes = [(30, 30, 30), (20, 40, 16)]
     centers = [np.array([10.2, 10, 10]), np.array([3.5, 30, 3.5]), np.array([12.0, 14, 20])]
     matrices = [np.eye(3), np.diag([1.0, 0.5, 1.0]), 0.5 * np.eye(3)]
-    boxes, specs = to_sampled(centers, matrices, [0, 1, 0], shapes, (8, 8, 8))
+    boxes, specs, _ = to_sampled(centers, matrices, [0, 1, 0], shapes, (8, 8, 8))
     # The first source is seen from 10.2 - 4 and 12 - 2 to 14.2 and 16, and so on; rounded outwards.
     assert boxes[0] == ((6, 6, 6), (16, 17, 23))
     assert boxes[1] == ((0, 28, 0), (9, 33, 9))
@@ -230,7 +230,7 @@ def test_boxes_hold_the_views_and_specs_are_in_their_voxels():
 
 
 def test_boxes_end_at_the_volume():
-    boxes, _ = to_sampled([np.full(3, 7.5)], [np.eye(3)], [0], [(16, 16, 16)], (16, 16, 16))
+    boxes, _, _ = to_sampled([np.full(3, 7.5)], [np.eye(3)], [0], [(16, 16, 16)], (16, 16, 16))
     assert boxes == [((0, 0, 0), (16, 16, 16))]
 
 
