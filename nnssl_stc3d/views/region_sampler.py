@@ -76,13 +76,13 @@ class RegionSampler(ViewSampler):
         self, shapes: Sequence[Sequence[int]], rng: np.random.Generator, guides: Sequence[Guide] = ()
     ) -> Sampled:
         """See :meth:`ViewSampler.sample`."""
+        del guides
         (shape,) = shapes
         check_volume(shape)
         view, volume = np.asarray(self.view_shape, dtype=float), np.asarray(shape, dtype=float)
         grid = self.grid or (1, 1, 1)
         size = np.minimum(volume, view * self.base_scale * np.asarray(grid))
         start = place_window(shape, size, self.placement, rng)
-        del guides
         cells, cell = grid_cells(start, size, grid)
         centers = list(cells[: self.n_bases])
         matrices = [np.diag(cell / view)] * self.n_bases

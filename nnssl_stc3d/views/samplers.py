@@ -66,40 +66,41 @@ class Sampled(NamedTuple):
     Attributes:
         boxes: for each source volume the box (start, stop) in voxels that has to be read.
         specs: ``source (V,)``, ``center (V, 3)``, ``matrix (V, 3, 3)``, in voxels of the boxes.
+        targets: what only the sampling knows, such as points inside the body, without a batch axis: the loader stacks
+            the samples' and adds what :meth:`ViewSampler.targets` computes.
     """
 
     boxes: list[Box]
     specs: ViewSpecs
+    targets: dict[str, Tensor] = {}
 
 
 class ViewSampler(ABC):
     """Draws the views of one sample and whatever follows from their geometry alone.
 
-        targets: what only the sampling knows, such as points inside the body, without a batch axis: the loader stacks
-            the samples' and adds what :meth:`ViewSampler.targets` computes.
     Attributes:
         view_shape: ``(Z, Y, X)`` of every view, voxels.
         n_views: views in a sample.
         n_sources: source volumes in a sample.
-    targets: dict[str, Tensor] = {}
+        guided: whether :meth:`sample` wants to know more of the volumes than their shapes.
     """
 
     view_shape: tuple[int, int, int]
     n_views: int
     n_sources: int = 1
+    guided: bool = False
 
     @abstractmethod
     def sample(
         self, shapes: Sequence[Sequence[int]], rng: np.random.Generator, guides: Sequence[Guide] = ()
     ) -> Sampled:
         """Draw the views of one sample.
-        guided: whether :meth:`sample` wants to know more of the volumes than their shapes.
 
         Args:
             shapes: ``(Z, Y, X)`` of each of ``n_sources`` volumes.
             rng: the only source of randomness.
+            guides: of the same volumes, if ``guided``.
 
-    guided: bool = False
         Raises:
             ValueError: if a volume is smaller than 16 voxels along an axis.
         """
@@ -108,7 +109,6 @@ class ViewSampler(ABC):
         """Labels and corresponding points that follow from the specifications of a whole batch."""
         del specs, rng
         return {}
-            guides: of the same volumes, if ``guided``.
 
 
 def is_anisotropic(patch_size: Sequence[int]) -> bool:
