@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from os.path import isdir, join
@@ -27,10 +26,7 @@ from nnssl_stc3d.methods.base import (
     EMBEDDINGS,
     PretrainConfig,
     PretrainMethod,
-    check_view_shape,
-    default_view_shape,
 )
-from nnssl_stc3d.modules.feature_pyramid import check_unet, total_stride
 from nnssl_stc3d.training.figures import plot_views
 from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.monitors import collapse_monitors
@@ -125,18 +121,15 @@ class PretrainTrainer(nnUNetTrainer):
             self.label_manager.num_segmentation_heads,
             True,
         )
-        check_unet(unet)
-        self.config = self._resolve(unet)
+        self.method_class.check_network(unet)
+        self.config = self.method_class.resolve(self.config, unet, self.configuration_manager.patch_size)
         self.batch_size = self._share_of_batch()
         method = self.method_class(unet, self.config)
         method.freeze_untrained()
         self.network = method.to(self.device)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
-            # In place, stage by stage: state-dict keys stay, and losses with data-dependent shapes are left alone.
-            unet.encoder.compile()
-            for stage in unet.decoder.stages:
-                stage.compile()
+            method.compile_network()
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
@@ -167,12 +160,12 @@ class PretrainTrainer(nnUNetTrainer):
         else:
             adam = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
             optimizer = adam(
-                parameters, config.learning_rate, (config.momentum, 0.999), weight_decay=config.weight_decay,
+                parameters, config.learning_rate, (config.momentum, config.beta2), weight_decay=config.weight_decay,
                 amsgrad=config.amsgrad,
             )  # fmt: skip
         schedule = WarmupSchedule(
             optimizer, config.learning_rate, self.num_iterations_per_epoch, self.num_epochs, config.warmup_steps,
-            config.schedule,
+            config.schedule, config.weight_decay_end,
         )  # fmt: skip
         return optimizer, schedule
 
@@ -225,15 +218,6 @@ class PretrainTrainer(nnUNetTrainer):
             (self.local_rank, dist.get_world_size() if self.is_ddp else 1),
             progress=self.local_rank == 0,
         )
-
-    def _resolve(self, unet: nn.Module) -> PretrainConfig:
-        """The configuration with the view shape that is used."""
-        stride = total_stride(unet)
-        if self.config.view_shape is None:
-            shape = default_view_shape(self.configuration_manager.patch_size, stride)
-            return dataclasses.replace(self.config, view_shape=shape)
-        check_view_shape(self.config.view_shape, stride)
-        return self.config
 
     def _share_of_batch(self) -> int:
         """Volumes of this rank, so that all ranks together have the configured batch size."""
