@@ -41,6 +41,8 @@ class FinetuneTrainer(nnUNetTrainer):
         self.num_epochs = self.epochs
         self.num_iterations_per_epoch = self.steps_per_epoch
         self.num_val_iterations_per_epoch = self.validation_steps
+        # A transformer has no stages to supervise, only its output.
+        self.enable_deep_supervision = "strides" in self.configuration_manager.network_arch_init_kwargs
 
     def initialize(self) -> None:
         """Build the network; nnU-Net loads ``-pretrained_weights`` right afterwards, through our loader."""
