@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
+from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce, retrieval
 
 
 def wave(shape: tuple[int, ...], a: float, b: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_the_released_value_of_vox2vec():
     loss = info_nce(z1, z2, 0.1)
     assert loss.item() == pytest.approx(0.3118045532265337, rel=1e-12)
     # The paper sums over the 2 N anchors.
-    assert loss.item() * 12 == pytest.approx(3.741654638718403, rel=1e-12)
+    assert info_nce(z1, z2, 0.1, form="paper").item() == pytest.approx(3.741654638718403, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 2.0])
@@ -170,3 +170,75 @@ def test_shapes_are_checked(shapes):
 def test_the_temperature_is_checked(temperature):
     with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
         info_nce(F.normalize(torch.ones(2, 3)), torch.ones(2, 3), temperature)
+
+
+# ---- some rows at a time --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 8, 26, 1000])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("form", ["official", "paper"])
+def test_rows_at_a_time_give_what_all_at_once_gives(rows, grouped, form):
+    groups = torch.arange(13) // 4 if grouped else None
+    results = []
+    for at_once in (rows, None):
+        z1, z2 = wave((13, 6), 0.7).requires_grad_(), wave((13, 6), 0.31, 1.0).requires_grad_()
+        loss = info_nce(z1, z2, 0.1, groups, form, at_once)
+        loss.backward()
+        results.append((loss.detach(), z1.grad, z2.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_half_precision_in_rows_is_computed_in_float32():
+    z1, z2 = wave((16, 8), 0.7).bfloat16().requires_grad_(), wave((16, 8), 0.31, 1.0).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = info_nce(z1, z2, 0.05, rows=5)
+    loss.backward()
+    assert loss.dtype == torch.float32 and z1.grad.isfinite().all()
+    assert loss.item() == pytest.approx(info_nce(z1.detach().double(), z2.double(), 0.05).item(), rel=1e-5)
+
+
+def test_similarities_are_never_held_all_at_once():
+    """The largest tensor that is made has ``rows`` rows."""
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.seen = max(self.seen, result.numel())
+            return result
+
+    z = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with Largest() as chunked:
+        info_nce(z, z * 2, 0.1, rows=20).backward()
+    with Largest() as dense:
+        info_nce(z, z * 2, 0.1, rows=None).backward()
+    assert chunked.seen == 20 * 600 and dense.seen == 600 * 600
+
+
+@pytest.mark.parametrize("options", [{"rows": 0}, {"form": "mean"}])
+def test_options_are_checked(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        info_nce(torch.ones(2, 3), torch.ones(2, 3), 0.1, **options)
+
+
+# ---- retrieval ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_retrieval_counts_the_points_that_find_themselves(rows):
+    first = torch.eye(5)
+    second = 3 * torch.eye(5)
+    assert retrieval(first, second, rows) == 1
+    # Two that are swapped miss each other.
+    assert retrieval(first, second[[1, 0, 2, 3, 4]], rows) == pytest.approx(0.6)
+    assert retrieval(first[:0], second[:0]) == 0
+
+
+def test_retrieval_of_random_embeddings_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(400, 8, generator=generator).bfloat16() for _ in range(2))
+    assert retrieval(first, second) < 0.02
