@@ -38,3 +38,12 @@ class Guide:
         """Whether points lie in the body, ``(..., 3)`` voxels to ``(...)`` bool."""
         z, y, x = np.moveaxis(self.index(points), -1, 0)
         return self.body[z, y, x]
+
+    def voxels(self, start: Sequence[int], stop: Sequence[int]) -> np.ndarray:
+        """Which voxels of a box lie in the body, bool of shape ``stop - start``."""
+        last = np.asarray(self.body.shape) - 1
+        rows = [
+            np.clip(np.floor((np.arange(a, b) + 0.5) / cell).astype(np.int64), 0, n)
+            for a, b, cell, n in zip(start, stop, self.cell, last)
+        ]
+        return self.body[np.ix_(*rows)]

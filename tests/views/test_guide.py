@@ -37,3 +37,11 @@ def test_everywhere_is_body_of_the_whole_volume(shape):
     guide = Guide.everywhere(shape)
     assert guide.in_body(np.array([[0, 0, 0], np.asarray(shape) - 1])).all()
     assert guide.cell == shape and guide.features is None
+
+
+def test_voxels_of_a_box_are_those_that_single_points_give():
+    body = np.random.default_rng(0).uniform(size=(4, 5, 3)) > 0.5
+    guide = Guide((2.5, 3.0, 4.1), body)
+    start, stop = np.array([1, 2, 0]), np.array([10, 15, 12])
+    grid = np.stack(np.meshgrid(*[np.arange(a, b) for a, b in zip(start, stop)], indexing="ij"), axis=-1)
+    np.testing.assert_array_equal(guide.voxels(start, stop), guide.in_body(grid))
