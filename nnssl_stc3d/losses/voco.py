@@ -63,6 +63,17 @@ def position_prediction(logits: Tensor, labels: Tensor, form: str = "official") 
     raise ValueError(f"form must be 'paper' or 'official', got {form!r}")
 
 
+@torch.no_grad()
+def position_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of views whose most similar base is the one they overlap most; chance is 1 / n.
+
+    Args:
+        logits: ``(..., M, n)``.
+        labels: ``(..., M, n)`` overlap of each view with each base.
+    """
+    return (logits.argmax(-1) == labels.argmax(-1)).float().mean()
+
+
 def base_discrepancy(bases: Tensor, form: str = "official") -> Tensor:
     """Discrepancy between the bases of one volume (VoCo Eq. 5): lower where bases differ.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
 from nnssl_stc3d.losses.stc3d import REGULARISERS, eq12, overlap_weighted
-from nnssl_stc3d.losses.voco import base_discrepancy, position_logits, position_prediction
+from nnssl_stc3d.losses.voco import base_discrepancy, position_accuracy, position_logits, position_prediction
 from nnssl_stc3d.methods.base import (
     EMBEDDINGS,
     PretrainConfig,
@@ -193,7 +193,7 @@ class STC3D(PretrainMethod):
                 labels = batch.targets["position"]
                 logits = position_logits(views, bases)
                 terms["pred"] = position_prediction(logits, labels, config.pred_form)
-                result["position_accuracy"] = _agreement(logits, labels)
+                result["position_accuracy"] = position_accuracy(logits, labels)
             if config.reg_weight > 0:
                 terms["reg"] = self._regulariser(bases, views, batch.targets["overlap"])
             if config.info_nce_weight > 0 and config.info_nce_on == "views":
@@ -267,12 +267,6 @@ def _volumes(inside: Tensor) -> Tensor:
     """The volume of each point that both views see, ``(B, pairs, P) -> (N,)``."""
     volume = torch.arange(len(inside), device=inside.device)[:, None, None]
     return volume.expand_as(inside)[inside]
-
-
-@torch.no_grad()
-def _agreement(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of views whose most similar base is the one they overlap most."""
-    return (logits.argmax(-1) == labels.argmax(-1)).float().mean()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from nnssl_stc3d.views.samplers import (
     check_volume,
     controlled_view,
     grid_cells,
+    orientation,
     place_window,
     to_sampled,
 )
@@ -38,14 +39,16 @@ class RegionSampler(ViewSampler):
     """Views in the order: bases (C order of the grid), then the views of region 0, of region 1, ...
 
     A window of ``grid * view_shape * base_scale`` voxels, or the whole volume along axes that are shorter, is tiled by
-    the grid; a base looks at one cell, however small that is. Regions lie anywhere inside the window.
+    the grid; a base looks at one cell, however small that is. Regions lie anywhere inside the window. Without a
+    ``base_scale`` the window is the whole volume, whatever its size.
 
     Attributes:
         view_shape: ``(Z, Y, X)`` of every view.
         spacing: mm per voxel, (z, y, x).
         in_plane: rotate about the first axis only.
         grid: bases along each axis; None draws no bases (the window still has one view's extent per axis).
-        base_scale: source voxels per view voxel of a base in a volume that is large enough.
+        base_scale: source voxels per view voxel of a base in a volume that is large enough; None lets the bases tile
+            the whole volume.
         region_scale: the same for regions, shrunk to fit; None gives regions the size of a cell.
         placement: of the window, "random", "center" or "edge".
         regions: regions per volume.
@@ -53,13 +56,15 @@ class RegionSampler(ViewSampler):
         transforms: controlled transformations.
         points: corresponding points drawn for each pair of consecutive views of a region.
         bins: grid of bins whose centres are matched between the same pairs, or None.
+        turn_bases: show each base under quarter turns and flips of its own, drawn from ``transforms``. They change how
+            a cell is shown, not what is shown: where a cell is no cube, a turned base is stretched to the view.
     """
 
     view_shape: tuple[int, int, int]
     spacing: Sequence[float]
     in_plane: bool
     grid: tuple[int, int, int] | None
-    base_scale: float = 1.0
+    base_scale: float | None = 1.0
     region_scale: float | None = None
     placement: str = "random"
     regions: int = 2
@@ -67,6 +72,7 @@ class RegionSampler(ViewSampler):
     transforms: TransformRanges = field(default_factory=TransformRanges)
     points: int = 0
     bins: tuple[int, int, int] | None = None
+    turn_bases: bool = False
 
     def __post_init__(self) -> None:
         self.n_bases = 0 if self.grid is None else int(np.prod(self.grid))
@@ -81,11 +87,17 @@ class RegionSampler(ViewSampler):
         check_volume(shape)
         view, volume = np.asarray(self.view_shape, dtype=float), np.asarray(shape, dtype=float)
         grid = self.grid or (1, 1, 1)
-        size = np.minimum(volume, view * self.base_scale * np.asarray(grid))
+        size = volume
+        if self.base_scale is not None:
+            size = np.minimum(volume, view * self.base_scale * np.asarray(grid))
         start = place_window(shape, size, self.placement, rng)
         cells, cell = grid_cells(start, size, grid)
         centers = list(cells[: self.n_bases])
         matrices = [np.diag(cell / view)] * self.n_bases
+        if self.turn_bases:
+            matrices = [
+                np.diag(cell) @ orientation(self.transforms, self.in_plane, rng) / view for _ in range(self.n_bases)
+            ]
 
         extent = cell if self.region_scale is None else _fit(view * self.region_scale, volume)
         # Regions lie inside the window where they fit, otherwise around it inside the volume.

@@ -38,6 +38,7 @@ class TransformRanges:
         scaling: smallest and largest size of the view relative to its region; above 1 the view sees more.
         scaling_per_axis: draw one factor for each axis (Eq. 4) instead of one for all.
         min_overlap: share of the view that must lie inside its region, in [0, 1).
+        flips: probability for each axis that the view is mirrored along it.
     """
 
     rotation: float = 30.0
@@ -46,6 +47,12 @@ class TransformRanges:
     scaling: tuple[float, float] = (0.8, 1.25)
     scaling_per_axis: bool = False
     min_overlap: float = 0.4
+    flips: float = 0.0
+
+    @classmethod
+    def none(cls) -> TransformRanges:
+        """No transformation at all: a view is its region."""
+        return cls(rotation=0.0, translation=0.0, scaling=(1.0, 1.0))
 
     def __post_init__(self) -> None:
         if not 0 <= self.rotation <= 180:
@@ -58,6 +65,8 @@ class TransformRanges:
             raise ValueError(f"scaling must be (low, high) with 0 < low <= high, got {self.scaling}")
         if not 0 <= self.min_overlap < 1:
             raise ValueError(f"min_overlap must lie in [0, 1), got {self.min_overlap}")
+        if not 0 <= self.flips <= 1:
+            raise ValueError(f"flips is a probability in [0, 1], got {self.flips}")
 
 
 class Sampled(NamedTuple):
@@ -155,10 +164,30 @@ def grid_cells(start: np.ndarray, size: np.ndarray, grid: Sequence[int]) -> tupl
     return start - 0.5 + (index + 0.5) * cell, cell
 
 
+def orientation(ranges: TransformRanges, in_plane: bool, rng: np.random.Generator) -> np.ndarray:
+    """Draw quarter turns and flips: a permutation of the axes with signs, ``(3, 3)``.
+
+    Args:
+        ranges: what may be drawn.
+        in_plane: turn about the first axis only; flips are along all axes, as nnU-Net mirrors.
+        rng: source of randomness.
+    """
+    result = np.eye(3)
+    if rng.uniform() < ranges.quarter_turns:
+        n_axes, turns = 1 if in_plane else 3, np.zeros(3)
+        turns[:n_axes] = rng.integers(0, 4, size=n_axes) * np.pi / 2
+        result = Rotation.from_euler("xyz", turns).as_matrix().round()
+    if ranges.flips > 0:
+        result = result * np.where(rng.uniform(size=3) < ranges.flips, -1, 1)
+    return result
+
+
 def transformation(
     ranges: TransformRanges, spacing: Sequence[float], in_plane: bool, rng: np.random.Generator
 ) -> np.ndarray:
     """Draw a rotation and scaling in millimetres as a map of voxel offsets: ``P^-1 R S P`` with ``P = diag(spacing)``.
+
+    Quarter turns and flips are part of ``R``.
 
     Args:
         ranges: what may be drawn.
@@ -173,11 +202,7 @@ def transformation(
     angles = np.zeros(3)
     angles[:n_axes] = rng.uniform(-1, 1, size=n_axes) * radians(ranges.rotation)
     # Euler angles about the array's axes 0, 1, 2; a quarter turn is drawn for each axis.
-    rotation = Rotation.from_euler("xyz", angles).as_matrix()
-    if rng.uniform() < ranges.quarter_turns:
-        turns = np.zeros(3)
-        turns[:n_axes] = rng.integers(0, 4, size=n_axes) * np.pi / 2
-        rotation = rotation @ Rotation.from_euler("xyz", turns).as_matrix().round()
+    rotation = Rotation.from_euler("xyz", angles).as_matrix() @ orientation(ranges, in_plane, rng)
     low, high = np.log(ranges.scaling)
     scale = np.exp(rng.uniform(low, high, size=3))
     if not ranges.scaling_per_axis:
@@ -279,4 +304,5 @@ def _scaled(ranges: TransformRanges, strength: float) -> TransformRanges:
         scaling=(low**strength, high**strength),
         scaling_per_axis=ranges.scaling_per_axis,
         min_overlap=ranges.min_overlap,
+        flips=ranges.flips,
     )
