@@ -18,6 +18,7 @@ COMMANDS = {
     "quickstart": "pretrain, finetune, predict and compare on a small example or on your data",
     "small-plans": "write plans that train in minutes on a CPU",
     "export": "write a checkpoint in a form for use elsewhere",
+    "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",
 }
 DEBUG_VARIABLE = "NNSSL_STC3D_DEBUG"
 

@@ -151,6 +151,15 @@ class PretrainMethod(nn.Module, ABC):
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
         """Compute ``"loss"`` and its detached terms, and optionally :data:`EMBEDDINGS`."""
 
+    @property
+    def voxel_head(self) -> nn.Module | None:
+        """Maps descriptors of voxels, read from :meth:`voxel_maps`, to their embeddings; None if there are none."""
+        return None
+
+    def voxel_maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of images ``(N, C, Z, Y, X)`` that are read at voxels, for methods with a :attr:`voxel_head`."""
+        raise NotImplementedError(f"{self.name} does not embed voxels")
+
     def after_step(self, progress: float) -> None:
         """Called after every optimiser step with the share of training that is done: EMA, temperatures."""
         del progress

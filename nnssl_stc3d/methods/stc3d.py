@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
+from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce, retrieval
 from nnssl_stc3d.losses.stc3d import REGULARISERS, eq12, overlap_weighted
 from nnssl_stc3d.losses.voco import base_discrepancy, position_accuracy, position_logits, position_prediction
 from nnssl_stc3d.methods.base import (
@@ -209,7 +209,7 @@ class STC3D(PretrainMethod):
             first, second = self._at_points(maps, self.dense_projector, batch, "points")
             groups = _volumes(batch.targets["points_inside"]) if config.dense_negatives == "volume" else None
             terms["dense"] = info_nce(first, second, config.dense_temperature, groups)
-            result["voxel_retrieval"] = _retrieval(first, second)
+            result["voxel_retrieval"] = retrieval(first, second)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         weights = {
             "pred": config.pred_weight,
@@ -219,6 +219,16 @@ class STC3D(PretrainMethod):
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss} | {name: value.detach() for name, value in (terms | result).items()}
+
+    @property
+    def voxel_head(self) -> nn.Module | None:
+        """See :attr:`PretrainMethod.voxel_head`."""
+        return self.dense_projector if self.config.dense_weight > 0 else None
+
+    def voxel_maps(self, images: Tensor) -> list[Tensor]:
+        """See :meth:`PretrainMethod.voxel_maps`."""
+        skips = self.network.encoder(images)
+        return [skips[-1], *decoder_features(self.network.decoder, skips)]
 
     def _regulariser(self, bases: Tensor, views: Tensor, overlap: Tensor) -> Tensor:
         if self.config.reg_form == "discrepancy":
@@ -267,12 +277,3 @@ def _volumes(inside: Tensor) -> Tensor:
     """The volume of each point that both views see, ``(B, pairs, P) -> (N,)``."""
     volume = torch.arange(len(inside), device=inside.device)[:, None, None]
     return volume.expand_as(inside)[inside]
-
-
-@torch.no_grad()
-def _retrieval(first: Tensor, second: Tensor) -> Tensor:
-    """Share of voxels whose nearest embedding among the points of the other views is their own point."""
-    if not len(first):
-        return first.new_zeros(())
-    similarity = nn.functional.normalize(first.float(), dim=1) @ nn.functional.normalize(second.float(), dim=1).T
-    return (similarity.argmax(1) == torch.arange(len(first), device=first.device)).float().mean()

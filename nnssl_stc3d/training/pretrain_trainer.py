@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os.path import isdir, join
 from time import time
 from typing import Any
@@ -20,7 +20,8 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.data.guides import BodyRule, GuideFolder, body_guides
+from nnssl_stc3d.data.embeddings import embedded_guides
+from nnssl_stc3d.data.guides import BodyRule, body_guides
 from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
 from nnssl_stc3d.methods.base import (
     EMBEDDINGS,
@@ -35,6 +36,8 @@ from nnssl_stc3d.training.schedule import WarmupSchedule
 from nnssl_stc3d.training.state import collect_state, restore_state
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically
 from nnssl_stc3d.views.batch import ViewBatch
+from nnssl_stc3d.views.guide import Guide
+from nnssl_stc3d.views.samplers import ViewSampler
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -194,7 +197,7 @@ class PretrainTrainer(nnUNetTrainer):
         sampler = self.method_class.view_sampler(
             self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
         )
-        guides = self._guides(sorted({*training_keys, *validation_keys})) if sampler.guided else None
+        guides = self._guides(sampler, sorted({*training_keys, *validation_keys})) if sampler.guided else None
         training, validation = (
             ViewDataset(
                 CaseDataset(self.preprocessed_dataset_folder, keys),
@@ -208,9 +211,9 @@ class PretrainTrainer(nnUNetTrainer):
         )
         return training, validation
 
-    def _guides(self, identifiers: list[str]) -> GuideFolder:
+    def _guides(self, sampler: ViewSampler, identifiers: list[str]) -> Mapping[str, Guide]:
         """What samplers may know of the cases."""
-        return body_guides(
+        body = body_guides(
             CaseDataset(self.preprocessed_dataset_folder, identifiers),
             BodyRule.of_plan(self.plans_manager.plans, self.configuration_manager.configuration),
             self.print_to_log_file,
@@ -218,6 +221,15 @@ class PretrainTrainer(nnUNetTrainer):
             (self.local_rank, dist.get_world_size() if self.is_ddp else 1),
             progress=self.local_rank == 0,
         )
+        if not sampler.wants_features:
+            return body
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        dataset = int(self.plans_manager.dataset_name[7:10])
+        command = f"nnssl_stc3d embed CHECKPOINT -d {dataset} -c {configuration} -p {plans}"
+        return embedded_guides(
+            body, self.preprocessed_dataset_folder, command, plans, configuration, self.configuration_manager.spacing,
+            self.print_to_log_file,
+        )  # fmt: skip
 
     def _share_of_batch(self) -> int:
         """Volumes of this rank, so that all ranks together have the configured batch size."""

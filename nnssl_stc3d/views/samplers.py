@@ -92,12 +92,14 @@ class ViewSampler(ABC):
         n_views: views in a sample.
         n_sources: source volumes in a sample.
         guided: whether :meth:`sample` wants to know more of the volumes than their shapes.
+        wants_features: whether guides shall have features, where there are some.
     """
 
     view_shape: tuple[int, int, int]
     n_views: int
     n_sources: int = 1
     guided: bool = False
+    wants_features: bool = False
 
     @abstractmethod
     def sample(
