@@ -28,7 +28,7 @@ _CANDIDATES_PER_POINT = 4
 _SMALLEST_UNIFORM_SHRINK = 0.5
 
 
-def _fit(extent: np.ndarray, volume: np.ndarray) -> np.ndarray:
+def fit_extent(extent: np.ndarray, volume: np.ndarray) -> np.ndarray:
     """Shrink a box into a volume: alike along all axes to keep the anatomy's shape, down to half; then as needed."""
     shrink = max(_SMALLEST_UNIFORM_SHRINK, min(1.0, float((volume / extent).min())))
     return np.minimum(volume, extent * shrink)
@@ -99,7 +99,7 @@ class RegionSampler(ViewSampler):
                 np.diag(cell) @ orientation(self.transforms, self.in_plane, rng) / view for _ in range(self.n_bases)
             ]
 
-        extent = cell if self.region_scale is None else _fit(view * self.region_scale, volume)
+        extent = cell if self.region_scale is None else fit_extent(view * self.region_scale, volume)
         # Regions lie inside the window where they fit, otherwise around it inside the volume.
         room = np.maximum(size, extent)
         lower = np.clip(start, 0, volume - room)
