@@ -9,7 +9,10 @@ from pathlib import Path
 
 from nnssl_stc3d.evaluation.commands import Command, CommandRunner, bar_named, cases_predicted, epochs_done
 
-PRETRAIN_TRAINERS = {"stc3d": "STC3DPretrainTrainer_quickstart"}
+PRETRAIN_TRAINERS = {
+    "stc3d": "STC3DPretrainTrainer_quickstart",
+    "vox2vec": "Vox2VecPretrainTrainer_quickstart",
+}
 
 
 @dataclass(frozen=True)

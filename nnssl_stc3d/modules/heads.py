@@ -52,17 +52,29 @@ def pooled_descriptor(features: Sequence[Tensor], bins: tuple[int, int, int]) ->
     return torch.cat([F.adaptive_avg_pool3d(f, bins).flatten(1) for f in features], dim=1)
 
 
-def sample_features(features: Sequence[Tensor], points: Tensor) -> Tensor:
+def sample_features(features: Sequence[Tensor], points: Tensor, nearest: bool = False) -> Tensor:
     """Read feature maps of any stride at points and concatenate the channels.
 
     Args:
         features: maps ``(N, C_i, Z_i, Y_i, X_i)``.
         points: ``(N, P, 3)`` from :func:`nnssl_stc3d.views.geometry.normalised_points`.
+        nearest: read the voxel of each map that holds the point, as vox2vec does, instead of interpolating.
 
     Returns:
         ``(N, P, sum_i C_i)``
     """
-    return torch.cat([_trilinear(f, points) for f in features], dim=1).transpose(1, 2)
+    read = _nearest if nearest else _trilinear
+    return torch.cat([read(f, points) for f in features], dim=1).transpose(1, 2)
+
+
+def _nearest(features: Tensor, points: Tensor) -> Tensor:
+    """Read the voxels that hold the points, ``(N, C, ...), (N, P, 3) -> (N, C, P)``."""
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
+    size = torch.tensor(features.shape[2:], dtype=points.dtype, device=points.device)
+    index = ((points.flip(-1) + 1) / 2 * size).floor().clamp(min=torch.zeros_like(size), max=size - 1).long()
+    _, height, width = features.shape[2:]
+    flat = (index[..., 0] * height + index[..., 1]) * width + index[..., 2]
+    return features.flatten(2).gather(2, flat[:, None].expand(-1, features.shape[1], -1))
 
 
 def _trilinear(features: Tensor, points: Tensor) -> Tensor:

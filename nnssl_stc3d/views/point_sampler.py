@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class PointPairSampler(ViewSampler):
         in_plane: rotate about the first axis only.
         pairs: of views from each volume.
         points: voxels of the body that both views of a pair see, at most; drawn without replacement.
-        transforms: of both views, None for none.
+        transforms: of both views.
         guided: whether points lie in the body; otherwise anywhere.
     """
 
@@ -48,7 +48,7 @@ class PointPairSampler(ViewSampler):
     in_plane: bool
     pairs: int = 1
     points: int = 1000
-    transforms: TransformRanges | None = None
+    transforms: TransformRanges = field(default_factory=TransformRanges.none)
     guided: bool = True
 
     def __post_init__(self) -> None:
@@ -88,12 +88,10 @@ class PointPairSampler(ViewSampler):
         view, volume = np.asarray(self.view_shape, dtype=float), np.asarray(shape, dtype=float)
         extent = fit_extent(view, volume)
         start = np.array([_box_start(int(a), n, e, rng) for a, n, e in zip(anchor, shape, extent)])
-        center, matrix = start + (extent - 1) / 2, np.diag(extent / view)
-        if self.transforms is None:
-            return center, matrix
         return controlled_view(
-            center, matrix, self.transforms, shape, self.view_shape, self.spacing, self.in_plane, rng
-        )
+            start + (extent - 1) / 2, np.diag(extent / view), self.transforms, shape, self.view_shape, self.spacing,
+            self.in_plane, rng,
+        )  # fmt: skip
 
     def _shared(
         self,
@@ -112,8 +110,7 @@ class PointPairSampler(ViewSampler):
             return np.zeros((2, 0, 3))
         allowed = guide.voxels(lower, upper + 1)
         candidates = np.flatnonzero(allowed)
-        wanted = self.points if self.transforms is None else self.points * _CANDIDATES_PER_POINT
-        chosen = rng.choice(candidates, min(len(candidates), wanted), replace=False)
+        chosen = rng.choice(candidates, min(len(candidates), self.points * _CANDIDATES_PER_POINT), replace=False)
         voxels = torch.from_numpy(np.stack(np.unravel_index(chosen, allowed.shape), axis=-1) + lower).double()
         specs = ViewSpecs(torch.zeros(1, 2, dtype=torch.long), center[None], matrix[None])
         seen = source_to_view(specs, voxels.expand(1, 2, -1, 3), self.view_shape)[0]

@@ -157,3 +157,22 @@ def test_features_at_points_pass_gradients():
     sample_features([f], torch.zeros(1, 1, 3)).sum().backward()
     # The middle of an even map lies between its 8 central voxels.
     torch.testing.assert_close(f.grad[0, 0, 1:3, 1:3, 1:3], torch.full((2, 2, 2), 0.125))
+
+
+def test_the_released_look_up_of_vox2vec():
+    """Voxel ``i`` of the finest level is read from voxel ``i // 2**level`` of the others."""
+    levels = [wave((2, 8, 8, 8), 0.01), wave((4, 4, 4, 4), 0.03, 0.2), wave((8, 2, 2, 2), 0.2, 0.7)]
+    voxels = torch.tensor([[0, 0, 0], [7, 7, 7], [3, 4, 5], [6, 1, 2]])
+    points = normalised_points(voxels.double(), (8, 8, 8))
+    read = sample_features([level[None] for level in levels], points[None], nearest=True)[0]
+    assert read.shape == (4, 14)
+    for row, voxel in zip(read, voxels):
+        expected = [level[(slice(None), *(voxel // 2**i))] for i, level in enumerate(levels)]
+        assert torch.equal(row, torch.cat(expected))
+    # The first values of two voxels, and the last of the last.
+    released = [
+        [0.0, 0.9568074818951499, 0.19866933079506122],
+        [0.940403423278055, -0.9842750721183763, -0.97934279078],
+    ]
+    torch.testing.assert_close(read[:2, :3], torch.tensor(released, dtype=torch.float64))
+    assert read[3, -1].item() == pytest.approx(0.9605472048282051)

@@ -80,7 +80,7 @@ def test_untransformed_views_are_crops_on_whole_voxels():
         assert (start + torch.tensor(VIEW) <= torch.tensor(high) - torch.tensor(low)).all()
 
 
-@pytest.mark.parametrize("transforms", [None, ROTATED])
+@pytest.mark.parametrize("transforms", [TransformRanges.none(), ROTATED])
 @pytest.mark.parametrize("shape", [(40, 50, 45), (16, 16, 16), (17, 70, 16)])
 def test_views_lie_inside_the_volume_even_where_it_is_smaller(transforms, shape):
     sampler = make(view_shape=(16, 24, 24), pairs=3, transforms=transforms)
@@ -101,7 +101,9 @@ def test_volumes_that_show_next_to_nothing_are_refused():
 # ---- points ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transforms", [None, ROTATED, TransformRanges(quarter_turns=1.0, scaling_per_axis=True)])
+@pytest.mark.parametrize(
+    "transforms", [TransformRanges.none(), ROTATED, TransformRanges(quarter_turns=1.0, scaling_per_axis=True)]
+)
 def test_both_views_see_the_same_body_voxels_without_repetition(transforms):
     shape, rng = (40, 50, 45), np.random.default_rng(0)
     guide, count = half_body(shape), 0
@@ -129,7 +131,9 @@ def test_all_body_voxels_of_the_overlap_are_taken_if_they_are_few():
         sampled = sampler.sample([shape], rng, [guide])
         start = (sampled.specs.center - 5.5 + torch.tensor(sampled.boxes[0][0])).int()
         low, high = start.amax(0), start.amin(0) + 12
-        grid = np.stack(np.meshgrid(*[np.arange(a, b) for a, b in zip(low.tolist(), high.tolist())], indexing="ij"), axis=-1)
+        grid = np.stack(
+            np.meshgrid(*[np.arange(a, b) for a, b in zip(low.tolist(), high.tolist())], indexing="ij"), axis=-1
+        )
         expected = int(guide.in_body(grid).sum())
         assert 0 < expected < 3000
         assert int(sampled.targets["points_inside"].sum()) == expected
