@@ -11,6 +11,7 @@ from nnssl_stc3d.evaluation.commands import Command, CommandRunner, bar_named, c
 
 PRETRAIN_TRAINERS = {
     "stc3d": "STC3DPretrainTrainer_quickstart",
+    "voco": "VoCoPretrainTrainer_quickstart",
     "vox2vec": "Vox2VecPretrainTrainer_quickstart",
 }
 
