@@ -11,7 +11,12 @@ _CELLS_AT_ONCE = 2**16
 
 
 def match_cells(
-    query: Guide, key: Guide, cells: np.ndarray, max_cycle: float, min_score: float
+    query: Guide,
+    key: Guide,
+    cells: np.ndarray,
+    max_cycle: float,
+    min_score: float,
+    search: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the most similar cells of another volume and keep those that find their way back.
 
@@ -24,6 +29,8 @@ def match_cells(
         cells: ``(T, 3)`` indices of cells of the query.
         max_cycle: largest distance, in cells, between a cell and the match of its match.
         min_score: smallest cosine.
+        search: ``(3,)`` voxels, half axes of an ellipsoid around the same place in the other body in which matches are
+            looked for, there and back; None looks everywhere.
 
     Returns:
         ``(T, 3)`` cells of the key and ``(T,)`` bool, the match is accepted.
@@ -34,9 +41,8 @@ def match_cells(
     if query.features is None or key.features is None or query.features.shape[0] != key.features.shape[0]:
         widths = [None if g.features is None else g.features.shape[0] for g in (query, key)]
         raise ValueError(f"both volumes need features of one width, got {widths[0]} and {widths[1]}")
-    vectors = _features_of(query, cells)
-    matches, scores = _most_similar(vectors, key)
-    back, _ = _most_similar(_features_of(key, matches), query)
+    matches, scores = _most_similar(query, cells, key, search)
+    back, _ = _most_similar(key, matches, query, search)
     accepted = (np.linalg.norm(back - cells, axis=1) <= max_cycle) & (scores >= min_score)
     return matches, accepted
 
@@ -65,26 +71,34 @@ def cell_centers(guide: Guide, cells: np.ndarray) -> np.ndarray:
     return (cells + 0.5) * np.asarray(guide.cell) - 0.5
 
 
-def _features_of(guide: Guide, cells: np.ndarray) -> np.ndarray:
-    """Features of cells, ``(T, 3)`` indices to ``(T, D)``."""
-    z, y, x = cells.T
-    return np.asarray(guide.features)[:, z, y, x].T
-
-
-def _most_similar(vectors: np.ndarray, guide: Guide) -> tuple[np.ndarray, np.ndarray]:
-    """The cell of a guide's body that is most similar to each vector.
+def _most_similar(
+    query: Guide, cells: np.ndarray, key: Guide, search: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The cells of the key's body that are most similar to some cells of the query.
 
     Args:
-        vectors: ``(T, D)`` of length 1.
-        guide: with features ``(D, z, y, x)`` of length 1.
+        query: with features ``(D, z, y, x)`` of length 1.
+        cells: ``(T, 3)`` of the query.
+        key: with features ``(D, z, y, x)`` of length 1.
+        search: ``(3,)`` voxels around the same place in the body, or None.
 
     Returns:
-        ``(T, 3)`` cells and ``(T,)`` cosines.
+        ``(T, 3)`` cells and ``(T,)`` cosines, -inf where no cell lies within reach.
     """
+    z, y, x = cells.T
+    vectors = np.asarray(query.features)[:, z, y, x].T.astype(np.float32)
+    if search is None:
+        return _most_similar_anywhere(vectors, key)
+    places = match_points_by_body(query, key, cell_centers(query, cells))
+    found = [_most_similar_around(vector, key, place, search) for vector, place in zip(vectors, places)]
+    return np.stack([cell for cell, _ in found]), np.array([score for _, score in found])
+
+
+def _most_similar_anywhere(vectors: np.ndarray, guide: Guide) -> tuple[np.ndarray, np.ndarray]:
+    """The most similar cells of a body, ``(T, D)`` to ``(T, 3)`` and cosines ``(T,)``."""
     features = np.asarray(guide.features)
     flat, grid = features.reshape(len(features), -1), features.shape[1:]
     inside = np.flatnonzero(guide.body) if guide.body.any() else np.arange(flat.shape[1])
-    vectors = vectors.astype(np.float32)
     best, score = np.zeros(len(vectors), dtype=np.int64), np.full(len(vectors), -np.inf, dtype=np.float32)
     for start in range(0, len(inside), _CELLS_AT_ONCE):
         columns = inside[start : start + _CELLS_AT_ONCE]
@@ -94,3 +108,27 @@ def _most_similar(vectors: np.ndarray, guide: Guide) -> tuple[np.ndarray, np.nda
         better = value > score
         best[better], score[better] = columns[winner[better]], value[better]
     return np.stack(np.unravel_index(best, grid), axis=-1), score
+
+
+def _most_similar_around(
+    vector: np.ndarray, guide: Guide, place: np.ndarray, radius: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """The most similar cell of a body in an ellipsoid, ``(3,)`` and its cosine; -inf if no cell of the body is there.
+
+    Args:
+        vector: ``(D,)``.
+        guide: with features.
+        place: ``(3,)`` voxels, centre of the ellipsoid.
+        radius: ``(3,)`` voxels, its half axes.
+    """
+    lower, upper = guide.index(place - radius), guide.index(place + radius) + 1
+    z, y, x = (slice(a, b) for a, b in zip(lower.tolist(), upper.tolist()))
+    axes = np.meshgrid(*(np.arange(a, b) for a, b in zip(lower, upper)), indexing="ij")
+    cells = np.stack(axes, axis=-1)
+    near = (((cell_centers(guide, cells) - place) / radius) ** 2).sum(-1) <= 1
+    near &= guide.body[z, y, x]
+    if not near.any():
+        return guide.index(place), -np.inf
+    similarity = vector @ np.asarray(guide.features)[:, z, y, x][:, near].astype(np.float32)
+    winner = int(similarity.argmax())
+    return cells[near][winner], float(similarity[winner])
