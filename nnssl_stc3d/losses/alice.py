@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = 1e-6
+# Of nnU-Net's normalised intensities: a view of nothing but air shall not have its noise blown up.
+_SMALLEST_VARIANCE = 1e-2
 
 
 def masked_reconstruction(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -53,6 +55,20 @@ def normalised_blocks(images: Tensor, block: Sequence[int]) -> Tensor:
     variance, mean = torch.var_mean(voxels, dim=2, keepdim=True)
     grid = [n // b for n, b in zip(images.shape[2:], block)]
     return blocks_to_image((voxels - mean) / (variance + _EPS).sqrt(), grid, block)
+
+
+def normalised_views(images: Tensor) -> Tensor:
+    """Normalise each image to mean 0 and variance 1 over its voxels and channels, less where it shows almost nothing.
+
+    Args:
+        images: ``(N, C, Z, Y, X)``.
+
+    Returns:
+        ``(N, C, Z, Y, X)`` float32 or wider.
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    variance, mean = torch.var_mean(images, dim=(1, 2, 3, 4), keepdim=True)
+    return (images - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
 
 
 def image_to_blocks(images: Tensor, block: Sequence[int]) -> Tensor:

@@ -16,8 +16,10 @@ from nnssl_stc3d.losses.alice import (
     dino_cross_entropy,
     masked_reconstruction,
     normalised_blocks,
+    normalised_views,
     paired_cosine,
 )
+from nnssl_stc3d.losses.info_nce import info_nce
 from nnssl_stc3d.methods.alice_config import AliceConfig
 from nnssl_stc3d.methods.base import EMBEDDINGS, PretrainMethod
 from nnssl_stc3d.modules.casa import CasaOfficial, CasaPaper
@@ -67,7 +69,9 @@ class Alice(PretrainMethod):
         if not config.needs_target:
             return
 
-        def head(features: int) -> DinoHead:
+        def head(features: int) -> nn.Module:
+            if config.head == "projector":
+                return TokenProjector(features, config.head_hidden, config.head_dim)
             return DinoHead(features, config.head_dim, config.head_hidden, config.head_bottleneck)
 
         dim = config.head_dim
@@ -85,8 +89,8 @@ class Alice(PretrainMethod):
         for term, weight in (("dv", config.dv_weight), ("st", config.st_weight)):
             if weight > 0 and config.form == "official":
                 self.register_buffer(f"{term}_centre", torch.zeros(dim))
-            elif weight > 0 and config.predictor:
-                self.add_module(f"{term}_predictor", Projector(dim, config.head_hidden, dim))
+            elif weight > 0 and config.form == "paper" and config.predictor:
+                self.add_module(f"{term}_predictor", TokenProjector(dim, config.head_hidden, dim))
         self.teacher = EMATeacher(self._followed())
 
     @classmethod
@@ -199,7 +203,9 @@ class Alice(PretrainMethod):
 
     def _target(self, images: Tensor) -> Tensor:
         """What is reconstructed, ``(N, C, Z, Y, X)``."""
-        return normalised_blocks(images, self.backbone.block) if self.config.normalise_target else images
+        if self.config.normalise == "block":
+            return normalised_blocks(images, self.backbone.block)
+        return normalised_views(images) if self.config.normalise == "view" else images
 
     def _reconstruction(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         target = self._target(images)
@@ -243,9 +249,9 @@ class Alice(PretrainMethod):
         """One agreement loss between ``(B, 2, ..., D)``."""
         config = self.config
         if config.form == "paper":
-            if config.predictor:
-                student = getattr(self, f"{term}_predictor")(student.flatten(0, -2)).unflatten(0, student.shape[:-1])
-            return paired_cosine(student, teacher)
+            return paired_cosine(getattr(self, f"{term}_predictor")(student) if config.predictor else student, teacher)
+        if config.form == "contrast":
+            return info_nce(student.flatten(0, -2), teacher.detach().flatten(0, -2), config.temperature)
         centre = getattr(self, f"{term}_centre")
         warm = min(1.0, float(self.progress) / max(config.teacher_temperature_warmup, 1e-9))
         start, end = config.teacher_temperature_start, config.teacher_temperature
@@ -262,6 +268,14 @@ class Alice(PretrainMethod):
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         centre.lerp_(mean.to(centre.dtype), 1 - self.config.centre_momentum)
+
+
+class TokenProjector(Projector):
+    """A projector of descriptors of any number of axes, ``(..., C)``."""
+
+    def forward(self, descriptors: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``; the BatchNorm is over all other axes."""
+        return super().forward(descriptors.flatten(0, -2)).unflatten(0, descriptors.shape[:-1])
 
 
 def _input_channels(network: Any) -> int:

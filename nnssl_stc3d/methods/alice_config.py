@@ -23,20 +23,24 @@ class AliceConfig(PretrainConfig):
         decoder_depth: blocks of the light decoder.
         decoder_heads: of the light decoder's attention.
         reconstruct: error on the "masked" voxels (Eq. 1), or on "all" (released).
-        normalise_target: reconstruct blocks that are normalised each on its own (paper).
+        normalise: what is reconstructed is brought to mean 0 and variance 1 in each "view", so that the weights mean
+            the same whatever the intensities; in each "block" (paper); or "not" (released).
         reconstruction_weight: of the reconstruction; "masked" adds both crops (Eq. 1), "all" is their mean.
         dv_weight: of l_dv, agreement across volumes (Eq. 2).
         st_weight: of l_st, aligned agreement within a volume (Eq. 5).
-        form: of l_dv and l_st, "paper" (cosine) or "official" (DINO cross-entropy with centres).
+        form: of l_dv and l_st, "paper" (cosine), "official" (DINO cross-entropy with centres) or "contrast" (InfoNCE
+            against the other crops or tokens of the batch, which cannot collapse).
         predictor: a further projector on the online side, "paper" form only: what keeps BYOL, whose head the paper
             cites, from collapsing.
         casa: "paper" (Eqs. 3, 4) or "official" (with residuals).
         casa_heads: of the released form's attention.
         target_tokens: what the target branch gives CASA, tokens of its "encoder" (paper) or "decoder" (released).
         descriptor: l_dv compares the mean of the projected "tokens" (paper), or the projected "bottleneck" (released).
+        head: "dino" (the paper's and released heads, without BatchNorm) or "projector" (VoCo's, with it).
         head_hidden: width of the heads' hidden layers.
         head_bottleneck: width that the heads normalise.
         head_dim: width of the embedding.
+        temperature: tau of the "contrast" form.
         student_temperature: of the online distribution, "official" form.
         teacher_temperature: of the target distribution, "official" form.
         teacher_temperature_start: the same at the start.
@@ -60,7 +64,7 @@ class AliceConfig(PretrainConfig):
     decoder_depth: int = 2
     decoder_heads: int = 8
     reconstruct: str = "masked"
-    normalise_target: bool = False
+    normalise: str = "view"
     reconstruction_weight: float = 1.0
     dv_weight: float = 1.0
     st_weight: float = 1.0
@@ -70,9 +74,11 @@ class AliceConfig(PretrainConfig):
     casa_heads: int = 8
     target_tokens: str = "encoder"
     descriptor: str = "tokens"
+    head: str = "dino"
     head_hidden: int = 512
     head_bottleneck: int = 256
     head_dim: int = 128
+    temperature: float = 0.1
     student_temperature: float = 0.1
     teacher_temperature: float = 0.01
     teacher_temperature_start: float = 0.008
@@ -91,14 +97,16 @@ class AliceConfig(PretrainConfig):
             self,
             decoder=("unet", "tokens"),
             reconstruct=("masked", "all"),
-            form=("paper", "official"),
+            normalise=("view", "block", "not"),
+            form=("paper", "official", "contrast"),
+            head=("dino", "projector"),
             casa=("paper", "official"),
             target_tokens=("encoder", "decoder"),
             descriptor=("tokens", "bottleneck"),
         )
         positive(self, "decoder_width", "decoder_depth", "decoder_heads", "reconstruction_weight", "casa_heads")
         positive(self, "head_hidden", "head_bottleneck", "head_dim", "student_temperature", "teacher_temperature")
-        positive(self, "teacher_temperature_start", "attempts")
+        positive(self, "teacher_temperature_start", "attempts", "temperature")
         not_negative(self, "dv_weight", "st_weight", "max_cycle")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie in (0, 1), got {self.mask_ratio}")
@@ -120,7 +128,7 @@ class AliceConfig(PretrainConfig):
         """The paper: light decoder, normalised targets, cosine losses, strongly augmented target views."""
         return cls(
             batch_size=8, learning_rate=5e-5, weight_decay=0.05, warmup_steps=3100, decoder="tokens",
-            decoder_width=512, decoder_depth=8, normalise_target=True, head_hidden=2048, head_dim=512,
+            decoder_width=512, decoder_depth=8, normalise="block", head_hidden=2048, head_dim=512,
             transforms=TransformRanges(flips=0.5),
         )  # fmt: skip
 
@@ -129,9 +137,9 @@ class AliceConfig(PretrainConfig):
         """The released code: DINO losses, residual CASA on decoder tokens, error on all voxels, intact target views."""
         return cls(
             batch_size=8, learning_rate=5e-5, weight_decay=0.04, weight_decay_end=0.4, beta2=0.999, warmup_steps=1550,
-            gradient_clip=3.0, mask_columns=True, reconstruct="all", reconstruction_weight=5.0, form="official",
-            predictor=False, casa="official", target_tokens="decoder", descriptor="bottleneck", head_hidden=2048,
-            head_dim=512, transforms=TransformRanges.none(), intensity=0.0,
+            gradient_clip=3.0, mask_columns=True, reconstruct="all", normalise="not", reconstruction_weight=5.0,
+            form="official", predictor=False, casa="official", target_tokens="decoder", descriptor="bottleneck",
+            head_hidden=2048, head_dim=512, transforms=TransformRanges.none(), intensity=0.0,
         )  # fmt: skip
 
     @property
