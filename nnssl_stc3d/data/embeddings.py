@@ -147,9 +147,9 @@ def unit_features(features: np.ndarray, grid: Sequence[int]) -> np.ndarray:
     if features.shape[1:] != tuple(grid):
         index = [((np.arange(n) + 0.5) / n * m).astype(int) for n, m in zip(grid, features.shape[1:])]
         features = features[:, index[0][:, None, None], index[1][:, None], index[2]]
-    length = np.sqrt(np.einsum("dzyx,dzyx->zyx", features, features, dtype=np.float32))
+    length = np.linalg.norm(features.astype(np.float32), axis=0)
     if np.abs(length - 1).max() > 0.01:
-        features = np.nan_to_num(features.astype(np.float32) / np.maximum(length, 1e-6))
+        features = features / np.maximum(length, 1e-6)
     return features.astype(np.float16, copy=False)
 
 

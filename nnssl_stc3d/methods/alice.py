@@ -19,7 +19,6 @@ from nnssl_stc3d.losses.alice import (
     normalised_views,
     paired_cosine,
 )
-from nnssl_stc3d.losses.info_nce import info_nce
 from nnssl_stc3d.methods.alice_config import AliceConfig
 from nnssl_stc3d.methods.base import EMBEDDINGS, PretrainMethod
 from nnssl_stc3d.modules.casa import CasaOfficial, CasaPaper
@@ -89,7 +88,7 @@ class Alice(PretrainMethod):
         for term, weight in (("dv", config.dv_weight), ("st", config.st_weight)):
             if weight > 0 and config.form == "official":
                 self.register_buffer(f"{term}_centre", torch.zeros(dim))
-            elif weight > 0 and config.form == "paper" and config.predictor:
+            elif weight > 0 and config.predictor:
                 self.add_module(f"{term}_predictor", TokenProjector(dim, config.head_hidden, dim))
         self.teacher = EMATeacher(self._followed())
 
@@ -250,8 +249,6 @@ class Alice(PretrainMethod):
         config = self.config
         if config.form == "paper":
             return paired_cosine(getattr(self, f"{term}_predictor")(student) if config.predictor else student, teacher)
-        if config.form == "contrast":
-            return info_nce(student.flatten(0, -2), teacher.detach().flatten(0, -2), config.temperature)
         centre = getattr(self, f"{term}_centre")
         warm = min(1.0, float(self.progress) / max(config.teacher_temperature_warmup, 1e-9))
         start, end = config.teacher_temperature_start, config.teacher_temperature

@@ -28,19 +28,18 @@ class AliceConfig(PretrainConfig):
         reconstruction_weight: of the reconstruction; "masked" adds both crops (Eq. 1), "all" is their mean.
         dv_weight: of l_dv, agreement across volumes (Eq. 2).
         st_weight: of l_st, aligned agreement within a volume (Eq. 5).
-        form: of l_dv and l_st, "paper" (cosine), "official" (DINO cross-entropy with centres) or "contrast" (InfoNCE
-            against the other crops or tokens of the batch, which cannot collapse).
+        form: of l_dv and l_st, "paper" (cosine) or "official" (DINO cross-entropy with centres).
         predictor: a further projector on the online side, "paper" form only: what keeps BYOL, whose head the paper
             cites, from collapsing.
         casa: "paper" (Eqs. 3, 4) or "official" (with residuals).
         casa_heads: of the released form's attention.
         target_tokens: what the target branch gives CASA, tokens of its "encoder" (paper) or "decoder" (released).
         descriptor: l_dv compares the mean of the projected "tokens" (paper), or the projected "bottleneck" (released).
-        head: "dino" (the paper's and released heads, without BatchNorm) or "projector" (VoCo's, with it).
+        head: "projector" (VoCo's, with BatchNorm, as in the BYOL that the paper cites) or "dino" (paper and released
+            code, without: measured to collapse).
         head_hidden: width of the heads' hidden layers.
         head_bottleneck: width that the heads normalise.
         head_dim: width of the embedding.
-        temperature: tau of the "contrast" form.
         student_temperature: of the online distribution, "official" form.
         teacher_temperature: of the target distribution, "official" form.
         teacher_temperature_start: the same at the start.
@@ -74,11 +73,10 @@ class AliceConfig(PretrainConfig):
     casa_heads: int = 8
     target_tokens: str = "encoder"
     descriptor: str = "tokens"
-    head: str = "dino"
+    head: str = "projector"
     head_hidden: int = 512
     head_bottleneck: int = 256
     head_dim: int = 128
-    temperature: float = 0.1
     student_temperature: float = 0.1
     teacher_temperature: float = 0.01
     teacher_temperature_start: float = 0.008
@@ -98,7 +96,7 @@ class AliceConfig(PretrainConfig):
             decoder=("unet", "tokens"),
             reconstruct=("masked", "all"),
             normalise=("view", "block", "not"),
-            form=("paper", "official", "contrast"),
+            form=("paper", "official"),
             head=("dino", "projector"),
             casa=("paper", "official"),
             target_tokens=("encoder", "decoder"),
@@ -106,7 +104,7 @@ class AliceConfig(PretrainConfig):
         )
         positive(self, "decoder_width", "decoder_depth", "decoder_heads", "reconstruction_weight", "casa_heads")
         positive(self, "head_hidden", "head_bottleneck", "head_dim", "student_temperature", "teacher_temperature")
-        positive(self, "teacher_temperature_start", "attempts", "temperature")
+        positive(self, "teacher_temperature_start", "attempts")
         not_negative(self, "dv_weight", "st_weight", "max_cycle")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie in (0, 1), got {self.mask_ratio}")
@@ -128,7 +126,7 @@ class AliceConfig(PretrainConfig):
         """The paper: light decoder, normalised targets, cosine losses, strongly augmented target views."""
         return cls(
             batch_size=8, learning_rate=5e-5, weight_decay=0.05, warmup_steps=3100, decoder="tokens",
-            decoder_width=512, decoder_depth=8, normalise="block", head_hidden=2048, head_dim=512,
+            decoder_width=512, decoder_depth=8, normalise="block", head="dino", head_hidden=2048, head_dim=512,
             transforms=TransformRanges(flips=0.5),
         )  # fmt: skip
 
@@ -139,7 +137,7 @@ class AliceConfig(PretrainConfig):
             batch_size=8, learning_rate=5e-5, weight_decay=0.04, weight_decay_end=0.4, beta2=0.999, warmup_steps=1550,
             gradient_clip=3.0, mask_columns=True, reconstruct="all", normalise="not", reconstruction_weight=5.0,
             form="official", predictor=False, casa="official", target_tokens="decoder", descriptor="bottleneck",
-            head_hidden=2048, head_dim=512, transforms=TransformRanges.none(), intensity=0.0,
+            head="dino", head_hidden=2048, head_dim=512, transforms=TransformRanges.none(), intensity=0.0,
         )  # fmt: skip
 
     @property

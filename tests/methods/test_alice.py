@@ -93,9 +93,9 @@ def build(tiny_plans, tiny_network):
 OPTIONS = [
     {},
     {"form": "official"},
-    {"form": "contrast"},
-    {"form": "contrast", "head": "projector"},
-    {"head": "projector", "predictor": False},
+    {"head": "dino"},
+    {"head": "dino", "form": "official"},
+    {"predictor": False},
     {"casa": "official"},
     {"target_tokens": "decoder"},
     {"descriptor": "bottleneck"},
