@@ -63,7 +63,10 @@ class ViewDataset(Dataset):
         guides: Mapping[str, Guide] | None = None,
     ) -> None:
         if len(cases.identifiers) < sampler.n_sources:
-            raise ValueError(f"this method looks at {sampler.n_sources} cases at once, got {len(cases.identifiers)}")
+            raise ValueError(
+                f"this method looks at {sampler.n_sources} cases at once, got {len(cases.identifiers)} "
+                f"({', '.join(cases.identifiers)}). Add cases, or train with the fold 'all' if this is a small fold."
+            )
         if sampler.guided and guides is None:
             raise ValueError(
                 f"{type(sampler).__name__} samples with guides, got none. Make them with "
@@ -106,10 +109,14 @@ class ViewDataset(Dataset):
     def _choose(self, rng: np.random.Generator) -> list[list[str]]:
         """Cases of one batch: no case twice as long as there are enough."""
         identifiers = self.cases.identifiers
-        wanted = self.batch_size * self.sampler.n_sources
+        sources = self.sampler.n_sources
+        wanted = self.batch_size * sources
+        if sources > 1 and wanted > len(identifiers):
+            # The volumes of one sample differ, even where those of the batch cannot.
+            return [[identifiers[i] for i in rng.permutation(len(identifiers))[:sources]] for _ in range(self.batch_size)]
         order = np.concatenate([rng.permutation(len(identifiers)) for _ in range(-(-wanted // len(identifiers)))])
         chosen = [identifiers[i] for i in order[:wanted]]
-        return [chosen[i : i + self.sampler.n_sources] for i in range(0, wanted, self.sampler.n_sources)]
+        return [chosen[i : i + sources] for i in range(0, wanted, sources)]
 
     def _render(self, sources: list[torch.Tensor], specs: ViewSpecs, rng: np.random.Generator) -> torch.Tensor:
         """Render and augment the views of one sample, ``(V, C, *view_shape)``."""

@@ -114,6 +114,13 @@ def test_fewer_cases_than_the_batch_are_repeated_evenly(folder):
     assert sorted(names.count(n) for n in set(names)) == [2, 3]
 
 
+@pytest.mark.parametrize("cases", [2, 3])
+def test_the_volumes_of_a_sample_differ_even_when_cases_are_repeated(folder, cases):
+    dataset = make(folder, [f"case_{i}" for i in range(cases)], CornerSampler(n_sources=2, n_views=2), batch_size=4)
+    for index in range(10):
+        assert all(len(set(names)) == 2 for names in dataset[index].cases)
+
+
 def test_the_names_of_a_batch_are_those_of_the_voxels(folder):
     loaded = make(folder, intensity=0, batch_size=4)[0]
     for views, names in zip(loaded.batch.views, loaded.cases, strict=True):

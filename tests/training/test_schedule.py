@@ -86,3 +86,21 @@ def test_progress_ends_at_one():
     for _ in range(9):
         schedule.advance()
     assert schedule.progress == 1
+
+
+def test_the_weight_decay_rises_along_a_cosine():
+    """Alice as released: .04, .22 in the middle, .4; set for every step, whatever a checkpoint's optimiser held."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0, weight_decay=0.04)
+    schedule = WarmupSchedule(optimizer, 1e-3, 10, 10, 0, "cosine", weight_decay_end=0.4)
+    for iteration, expected in ((0, 0.04), (25, 0.04 + 0.36 * 0.5 * (1 - cos(pi / 4))), (50, 0.22), (100, 0.4)):
+        optimizer.param_groups[0]["weight_decay"] = 7.0
+        schedule.iteration = iteration - 1
+        schedule.advance()
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_an_end_the_weight_decay_is_left_alone():
+    schedule, optimizer = make()
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    schedule.advance()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
