@@ -113,7 +113,8 @@ class ViewDataset(Dataset):
         wanted = self.batch_size * sources
         if sources > 1 and wanted > len(identifiers):
             # The volumes of one sample differ, even where those of the batch cannot.
-            return [[identifiers[i] for i in rng.permutation(len(identifiers))[:sources]] for _ in range(self.batch_size)]
+            orders = [rng.permutation(len(identifiers))[:sources] for _ in range(self.batch_size)]
+            return [[identifiers[i] for i in order] for order in orders]
         order = np.concatenate([rng.permutation(len(identifiers)) for _ in range(-(-wanted // len(identifiers)))])
         chosen = [identifiers[i] for i in order[:wanted]]
         return [chosen[i : i + sources] for i in range(0, wanted, sources)]
