@@ -10,6 +10,7 @@ from pathlib import Path
 from nnssl_stc3d.evaluation.commands import Command, CommandRunner, bar_named, cases_predicted, epochs_done
 
 PRETRAIN_TRAINERS = {
+    "pimpic": "PiMPiCPretrainTrainer_quickstart",
     "stc3d": "STC3DPretrainTrainer_quickstart",
     "voco": "VoCoPretrainTrainer_quickstart",
     "vox2vec": "Vox2VecPretrainTrainer_quickstart",

@@ -77,6 +77,47 @@ def overlap_fraction(a: ViewSpecs, b: ViewSpecs, view_shape: Sequence[int]) -> T
 
 
 @torch.no_grad()
+def relative_maps(a: ViewSpecs, b: ViewSpecs) -> tuple[Tensor, Tensor]:
+    """Where each view's voxels lie in each other view: ``offset in b = matrix @ offset in a + shift``.
+
+    Offsets are view voxels from the centre of a view. Views into different sources have a map as well; whether they
+    show the same is for :func:`overlap_fraction` to say.
+
+    Args:
+        a: specifications of ``Va`` views in each of ``B`` samples.
+        b: specifications of ``Vb`` views in each of the same samples.
+
+    Returns:
+        ``(B, Va, Vb, 3, 3)`` and ``(B, Va, Vb, 3)``, float64.
+    """
+    inverse = torch.linalg.inv(b.matrix.double())[:, None]
+    difference = a.center.double()[:, :, None] - b.center.double()[:, None]
+    return inverse @ a.matrix.double()[:, :, None], (inverse @ difference[..., None])[..., 0]
+
+
+@torch.no_grad()
+def intersection_boxes(a: ViewSpecs, b: ViewSpecs, view_shape: Sequence[int]) -> Tensor:
+    """The part of each view that each other view covers, as a box in voxels of the first.
+
+    Exact where the axes of the two are parallel; otherwise the box around the other view, cut off at the first.
+
+    Args:
+        a: specifications of ``Va`` views in each of ``B`` samples.
+        b: specifications of ``Vb`` views in each of the same samples.
+        view_shape: ``(Z, Y, X)`` of the views.
+
+    Returns:
+        ``(B, Va, Vb, 2, 3)`` start and stop in voxels of ``a``, counted from its lower face: 0 to ``view_shape``.
+    """
+    # The centre and the axes of b in the frame of a.
+    matrix, shift = (field.transpose(1, 2) for field in relative_maps(b, a))
+    size = torch.as_tensor(tuple(view_shape), dtype=matrix.dtype, device=matrix.device)
+    half = bounding_half_extent(matrix, view_shape)
+    ends = torch.stack((shift - half, shift + half), dim=-2) + size / 2
+    return ends.clamp(min=torch.zeros_like(size), max=size)
+
+
+@torch.no_grad()
 def matching_points(a: ViewSpecs, b: ViewSpecs, points: Tensor, view_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Where points of one view lie in another view of the same volume.
 

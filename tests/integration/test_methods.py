@@ -15,6 +15,12 @@ CT, PLAIN, FOLD = "Dataset901_TinyCT", "tinyPlain", 0
 # Trainer, name of the method, what it logs, submodules beside the network.
 METHODS = {
     "voco": ("ShortVoCoTrainer", "VoCo", ("pred", "reg", "position_accuracy"), {"projector", "teacher"}),
+    "pimpic": (
+        "ShortPiMPiCTrainer",
+        "PiMPiC",
+        ("pim", "pic", "overlap_error", "overlapping_pairs"),
+        {"pim_projector", "pic_projector"},
+    ),
 }
 
 
