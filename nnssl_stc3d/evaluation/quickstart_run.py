@@ -14,6 +14,7 @@ PRETRAIN_TRAINERS = {
     "stc3d": "STC3DPretrainTrainer_quickstart",
     "voco": "VoCoPretrainTrainer_quickstart",
     "vox2vec": "Vox2VecPretrainTrainer_quickstart",
+    "alice": "AlicePretrainTrainer_quickstart",
 }
 
 
@@ -52,7 +53,7 @@ class QuickstartSettings:
     batch_size: int = 2
     pretrain_epochs: int = 16
     finetune_trainer: str = "STC3DFinetuneTrainer_quickstart"
-    finetune_epochs: int = 16
+    finetune_epochs: int = 20
     processes: int = 2
 
 

@@ -185,7 +185,7 @@ def caveat(num_cases: int) -> str:
     return (
         f"Behind these numbers stand {cases} and one run of each model (one seed), trained for a few minutes. That "
         "demonstrates the tools; it is not evidence that pretraining helps. Repeats of so short a training can "
-        "differ by more than two tenths of Dice. Evidence takes several seeds and folds, full schedules, and real data."
+        "differ by four tenths of Dice. Evidence takes several seeds and folds, full schedules, and real data."
     )
 
 
