@@ -36,9 +36,9 @@ class Vox2VecConfig(PretrainConfig):
 
     Attributes:
         network: "any" trains the pyramid of whatever network the plan names; "fpn" insists on the paper's.
-        pyramid: which feature maps a voxel is read from: "decoder" the decoder's stages and the bottleneck (what an FPN
-            calls its levels), "encoder" the encoder's stages, "both" all of them. "encoder" leaves the decoder
-            untrained.
+        pyramid: which feature maps a voxel is read from: "both" the stages of encoder and decoder, "decoder" the
+            bottleneck and the decoder's stages (the levels of the FPN, as in the paper), "encoder" the encoder's
+            stages, which leaves the decoder untrained.
         reading: "trilinear" interpolates the maps at a voxel's position, "nearest" takes the voxel that holds it.
         pairs: of views from each volume.
         points: voxels of the body for each pair of views, m.
@@ -53,7 +53,7 @@ class Vox2VecConfig(PretrainConfig):
     """
 
     network: str = "any"
-    pyramid: str = "decoder"
+    pyramid: str = "both"
     reading: str = "trilinear"
     pairs: int = 1
     points: int = 1000
@@ -85,8 +85,9 @@ class Vox2VecConfig(PretrainConfig):
     def paper(cls) -> Vox2VecConfig:
         """The text (3.1 to 3.3, 4.1): 10 volumes, 1000 voxels each, the loss summed, on the FPN."""
         return cls(
-            network="fpn", reading="nearest", view_shape=(32, 128, 128), loss_form="paper", optimizer="adam",
-            learning_rate=3e-4, weight_decay=0.0, schedule="constant", warmup_steps=0, gradient_clip=1.0,
+            network="fpn", pyramid="decoder", reading="nearest", view_shape=(32, 128, 128), loss_form="paper",
+            optimizer="adam", learning_rate=3e-4, weight_decay=0.0, schedule="constant", warmup_steps=0,
+            gradient_clip=1.0,
         )  # fmt: skip
 
     @classmethod
