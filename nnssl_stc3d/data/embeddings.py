@@ -84,7 +84,7 @@ def write_map(folder: Path, identifier: str, features: np.ndarray, volume: Seque
     partial = folder / f"{identifier}.{os.getpid()}.tmp"
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, features=features.astype(np.float16), volume=np.array(volume))
+            np.savez(file, features=features.astype(np.float16), volume=np.array(volume))
         partial.replace(folder / f"{identifier}{_SUFFIX}")
     finally:
         partial.unlink(missing_ok=True)

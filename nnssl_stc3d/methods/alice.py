@@ -89,7 +89,7 @@ class Alice(PretrainMethod):
             if weight > 0 and config.form == "official":
                 self.register_buffer(f"{term}_centre", torch.zeros(dim))
             elif weight > 0 and config.predictor:
-                self.add_module(f"{term}_predictor", TokenProjector(dim, config.head_hidden, dim))
+                self.add_module(f"{term}_predictor", TokenProjector(dim, config.head_hidden, dim, centred=False))
         self.teacher = EMATeacher(self._followed())
 
     @classmethod
@@ -268,10 +268,24 @@ class Alice(PretrainMethod):
 
 
 class TokenProjector(Projector):
-    """A projector of descriptors of any number of axes, ``(..., C)``."""
+    """A projector of descriptors of any number of axes, ``(..., C)``, with MoCo v3's BatchNorm at its end.
+
+    Without that, a constant added to all embeddings would bring every cosine to 1.
+
+    Args:
+        in_features: width of the descriptor.
+        hidden_features: width of both hidden layers.
+        out_features: width of the embedding.
+        centred: whether the BatchNorm at the end is there.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, centred: bool = True) -> None:
+        super().__init__(in_features, hidden_features, out_features)
+        if centred:
+            self.append(nn.BatchNorm1d(out_features, affine=False, track_running_stats=False))
 
     def forward(self, descriptors: Tensor) -> Tensor:
-        """Map ``(..., in_features)`` to ``(..., out_features)``; the BatchNorm is over all other axes."""
+        """Map ``(..., in_features)`` to ``(..., out_features)``; the BatchNorms are over all other axes."""
         return super().forward(descriptors.flatten(0, -2)).unflatten(0, descriptors.shape[:-1])
 
 

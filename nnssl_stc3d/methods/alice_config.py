@@ -35,8 +35,8 @@ class AliceConfig(PretrainConfig):
         casa_heads: of the released form's attention.
         target_tokens: what the target branch gives CASA, tokens of its "encoder" (paper) or "decoder" (released).
         descriptor: l_dv compares the mean of the projected "tokens" (paper), or the projected "bottleneck" (released).
-        head: "projector" (VoCo's, with BatchNorm, as in the BYOL that the paper cites) or "dino" (paper and released
-            code, without: measured to collapse).
+        head: "projector" (with BatchNorm, also at its end, as in the MoCo v3 that the paper cites) or "dino" (paper and
+            released code, without: measured to collapse).
         head_hidden: width of the heads' hidden layers.
         head_bottleneck: width that the heads normalise.
         head_dim: width of the embedding.

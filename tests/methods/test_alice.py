@@ -348,6 +348,19 @@ def test_autocast_gives_a_finite_float32_loss(build, architecture, form):
     assert result["reconstruction"].item() == pytest.approx(expected["reconstruction"].item(), rel=0.05)
 
 
+def test_a_constant_part_of_all_embeddings_cannot_bring_the_cosines_to_one(build):
+    """The projector's last BatchNorm takes it away, in both branches and over all tokens of the batch."""
+    method = build(config_of())
+    online, target = spy(method.token_head), spy(method.teacher.module["token_head"])
+    batch = make_batch(method.config, pairs=3)
+    first = method(batch)["dv"].item()
+    for head in (method.token_head, method.teacher.module["token_head"]):
+        head[-2].bias.data.add_(100.0)
+    assert method(batch)["dv"].item() == pytest.approx(first, abs=0.02)
+    for seen in (*online, *target):
+        assert seen.mean((0, 1)).abs().max() < 0.01
+
+
 def test_the_share_of_matched_pairs_is_reported(build):
     method = build(config_of())
     batch = make_batch(method.config)
