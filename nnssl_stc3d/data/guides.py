@@ -202,8 +202,7 @@ def body_guides(
     folder = guide_folder(cases.folder)
     key = json.dumps({**asdict(rule), "cell_mm": CELL_MM, "version": _VERSION})
     rank, ranks = share
-    mine = cases.identifiers[rank::ranks]
-    order = mine + [i for i in cases.identifiers if i not in set(mine)]
+    order = [name for turn in range(ranks) for name in cases.identifiers[(rank + turn) % ranks :: ranks]]
 
     def make(identifier: str) -> bool:
         found = _cached(folder, cases, identifier, key)
