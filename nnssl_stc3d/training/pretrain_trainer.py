@@ -287,7 +287,7 @@ class PretrainTrainer(nnUNetTrainer):
         """The same losses on fixed views, in evaluation mode."""
         with autocast("cuda") if self.device.type == "cuda" else dummy_context():
             terms = self.network(self._to_device(loaded.batch))
-        return {k: float(v) if v.ndim == 0 else v.detach().float().cpu() for k, v in terms.items()}
+        return {k: float(v.detach()) if v.ndim == 0 else v.detach().float().cpu() for k, v in terms.items()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict[str, Any]]) -> None:
         """Log the loss, its terms and the collapse monitors."""
