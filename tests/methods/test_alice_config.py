@@ -1,16 +1,12 @@
-"""Alice's options: checked, saved, and documented as they are."""
+"""Alice's options: checked and saved as they are."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import json
 import re
 
 import pytest
 
 from nnssl_stc3d.methods.alice_config import AliceConfig
-from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.views.samplers import TransformRanges
 
 
@@ -56,8 +52,8 @@ def test_options_are_checked(values, message):
         AliceConfig(mask_block=(4, 8, 8), transforms=TransformRanges(scaling=(0.5, 1.0)), search_mm=None),
     ],
 )
-def test_the_configuration_survives_the_checkpoint(config):
-    restored = config_from_dict(AliceConfig, json.loads(json.dumps(config.to_dict())))
+def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):
+    restored = from_checkpoint(config)
     assert restored == config and restored.transforms == config.transforms
 
 
@@ -85,39 +81,8 @@ def test_the_released_reading():
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def documented(text: str, pattern: str) -> dict[str, object]:
-    """Option -> value, as it is written in a table."""
-    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
-
-
-def options_of(config: AliceConfig) -> dict[str, object]:
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
-
-
-@pytest.fixture
-def page(repository) -> str:
-    return (repository / "documentation" / "alice.md").read_text(encoding="utf-8")
-
-
-def test_the_page_lists_every_option_with_its_default(page):
-    table = page[page.index("## Options") :]
-    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(AliceConfig())
-
-
-def test_the_table_of_choices_tells_the_truth(page):
-    """Columns: what differs, the default, the paper's and the released code's value of an option."""
-    table = page[page.index("## Paper, released code, default") : page.index("## When")]
-    configs = [options_of(c) for c in (AliceConfig(), AliceConfig.paper(), AliceConfig.official())]
-    rows = re.findall(r"^\|[^|]*\| `(\w+)` \|([^|]+)\|([^|]+)\|([^|]+)\|", table, re.MULTILINE)
-    for name, *values in rows:
-        for value, config in zip(values, configs, strict=True):
-            assert config[name] == ast.literal_eval(value.strip()), name
-    differing = {n for n in configs[0] if len({repr(c[n]) for c in configs}) > 1}
-    assert differing <= {name for name, *_ in rows}
-
-
 def test_the_page_names_the_trainers(page):
-    trainers = set(re.findall(r"`(Alice\w*PretrainTrainer)`", page))
+    trainers = set(re.findall(r"`(Alice\w*PretrainTrainer)`", page("alice")))
     assert trainers == {
         "AlicePretrainTrainer", "AlicePaperPretrainTrainer", "AliceOfficialPretrainTrainer",
         "AlicePrimusPretrainTrainer",

@@ -1,16 +1,9 @@
-"""PiMPiC's options: checked, saved, and documented as they are."""
+"""PiMPiC's options: checked, saved, and what the trainers have."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import importlib.util
-import json
-import re
-
 import pytest
 
-from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.methods.pimpic import PiMPiCConfig
 from nnssl_stc3d.views.samplers import TransformRanges
 
@@ -47,8 +40,8 @@ def test_options_are_checked(values, message):
         PiMPiCConfig(view_shape=(8, 8, 8), transforms=TransformRanges(flips=0.5), pim_strides=(8,)),
     ],
 )
-def test_the_configuration_survives_the_checkpoint(config):
-    restored = config_from_dict(PiMPiCConfig, json.loads(json.dumps(config.to_dict())))
+def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):
+    restored = from_checkpoint(config)
     assert restored == config and restored.transforms == config.transforms
 
 
@@ -63,61 +56,12 @@ def test_the_literal_settings(name):
     assert config.pair_overlap == (0.01 if name == "official" else 1e-6) and config.reach == 0.8
 
 
-def test_trainers_run_what_they_are_called(repository):
-    spec = importlib.util.spec_from_file_location("pimpic_trainers", repository / "trainers" / "pimpic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name, config, steps in (
-        ("PiMPiC", PiMPiCConfig(), 100_000),
-        ("PiMPiCOfficial", PiMPiCConfig.official(), 98_000),
-        ("PiMPiCPaper", PiMPiCConfig.paper(), 20_000),
-    ):
-        trainer = getattr(module, f"{name}PretrainTrainer")
-        assert trainer.config == config and trainer.epochs * trainer.steps_per_epoch == steps
-        for epochs in (1, 5, 10, 50, 100):
-            variant = getattr(module, f"{name}PretrainTrainer_{epochs}epoch{'' if epochs == 1 else 's'}")
-            assert variant.epochs == epochs and variant.config == config
-    assert module.PiMPiCPretrainTrainer_quickstart.config == PiMPiCConfig()
-
-
-# ---- the documentation ----------------------------------------------------------------------------------------------
-
-
-def documented(text: str, pattern: str) -> dict[str, object]:
-    """Option -> value, as it is written in a table."""
-    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
-
-
-def options_of(config: PiMPiCConfig) -> dict[str, object]:
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
-    return options | dataclasses.asdict(config.transforms)
-
-
-def test_the_documentation_lists_every_option_with_its_default(repository):
-    text = (repository / "documentation" / "pimpic.md").read_text(encoding="utf-8")
-    table = text[text.index("## Options") :]
-    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(PiMPiCConfig())
-
-
-def test_the_table_of_choices_tells_the_truth(repository):
-    """Columns: topic, paper, released code, option, default, official trainer, paper trainer."""
-    text = (repository / "documentation" / "pimpic.md").read_text(encoding="utf-8")
-    table = text[text.index("## Paper and released code") : text.index("## How patches are drawn")]
-    configs = [options_of(c) for c in (PiMPiCConfig(), PiMPiCConfig.official(), PiMPiCConfig.paper())]
-    seen = set()
-    for row in (line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 8):
-        names = re.findall(r"`(?:transforms\.)?(\w+)`", row[3])
-        if len(names) == 1:
-            for cell, config in zip(row[4:], configs):
-                assert ast.literal_eval(cell.strip()) == config[names[0]], row
-            seen.add(names[0])
-    differ = {name for name in configs[0] if len({str(c[name]) for c in configs}) > 1}
-    assert differ <= seen, differ - seen
-
-
-def test_the_documented_trainer_works(repository):
-    text = (repository / "documentation" / "pimpic.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict = {"__name__": "example"}
-    exec(compile(code, "pimpic.md", "exec"), names)
-    assert names["PiMPiCTurnedPretrainTrainer"].config == PiMPiCConfig(transforms=TransformRanges(translation=0.0))
+def test_trainers_run_what_they_are_called(check_trainers):
+    check_trainers(
+        "pimpic",
+        {
+            "PiMPiC": (PiMPiCConfig(), 100_000),
+            "PiMPiCOfficial": (PiMPiCConfig.official(), 98_000),
+            "PiMPiCPaper": (PiMPiCConfig.paper(), 20_000),
+        },
+    )

@@ -1,15 +1,9 @@
-"""STC3D's options: checked, saved, and documented as they are."""
+"""STC3D's options: checked and saved as they are."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import json
-import re
-
 import pytest
 
-from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.methods.stc3d import STC3DConfig
 from nnssl_stc3d.views.samplers import TransformRanges
 
@@ -64,8 +58,8 @@ def test_one_base_is_enough_when_no_loss_looks_at_bases():
         ),
     ],
 )
-def test_the_configuration_survives_the_checkpoint(config):
-    restored = config_from_dict(STC3DConfig, json.loads(json.dumps(config.to_dict())))
+def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):
+    restored = from_checkpoint(config)
     assert restored == config and restored.transforms == config.transforms
 
 
@@ -76,43 +70,3 @@ def test_the_paper_reading():
     assert paper.pred_weight > 0 and paper.reg_weight > 0
     assert (paper.optimizer, paper.learning_rate, paper.weight_decay) == ("adamw", 1e-3, 1e-2)
     assert (paper.warmup_steps, paper.batch_size, paper.schedule, paper.momentum) == (100, 4, "cosine", 0.9)
-
-
-def documented(text: str, pattern: str) -> dict[str, object]:
-    """Option -> value, as it is written in a table."""
-    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
-
-
-def options_of(config: STC3DConfig) -> dict[str, object]:
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
-    return options | dataclasses.asdict(config.transforms)
-
-
-def test_the_documentation_lists_every_option_with_its_default(repository):
-    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
-    table = text[text.index("## Options") :]
-    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(STC3DConfig())
-
-
-def test_the_table_of_choices_tells_the_truth(repository):
-    """The column of options names defaults; the last column what the paper trainer has instead."""
-    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
-    table = text[text.index("## How we read the paper") : text.index("The forms of L_reg")]
-    defaults, paper = options_of(STC3DConfig()), options_of(STC3DConfig.paper())
-    seen = set()
-    for row in (line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 6):
-        named = documented(row[3], r"`(?:transforms\.)?(\w+)`, ([^;]+)")
-        other = row[4].strip().split(":")[0] if named else ""
-        assert all(defaults[name] == value for name, value in named.items()), row
-        for name in named:
-            assert paper[name] == (ast.literal_eval(other) if other else defaults[name]), row
-        seen |= set(named)
-    assert len(seen) > 20 and {name for name in paper if paper[name] != defaults[name]} <= seen
-
-
-def test_the_documented_trainer_works(repository):
-    text = (repository / "documentation" / "stc3d.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict = {"__name__": "example"}
-    exec(compile(code, "stc3d.md", "exec"), names)
-    assert names["STC3DCenterPretrainTrainer"].config == STC3DConfig(cropping="center", dense_weight=0.5)

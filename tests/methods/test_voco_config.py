@@ -1,16 +1,9 @@
-"""VoCo's options: checked, saved, and documented as they are."""
+"""VoCo's options: checked, saved, and what the trainers have."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import importlib.util
-import json
-import re
-
 import pytest
 
-from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.methods.voco import VoCoConfig
 from nnssl_stc3d.views.samplers import TransformRanges
 
@@ -48,8 +41,8 @@ def test_options_are_checked(values, message):
         VoCoConfig(view_shape=(8, 8, 8), transforms=TransformRanges(flips=0.5)),
     ],
 )
-def test_the_configuration_survives_the_checkpoint(config):
-    restored = config_from_dict(VoCoConfig, json.loads(json.dumps(config.to_dict())))
+def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):
+    restored = from_checkpoint(config)
     assert restored == config and restored.transforms == config.transforms
 
 
@@ -76,61 +69,12 @@ def test_the_printed_settings():
     assert paper.grid == (1, 4, 4) and paper.bins == (1, 1, 1) and paper.projector_dim == 2048
 
 
-def test_trainers_run_what_they_are_called(repository):
-    spec = importlib.util.spec_from_file_location("voco_trainers", repository / "trainers" / "voco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name, config, steps in (
-        ("VoCo", VoCoConfig(), 100_000),
-        ("VoCoOfficial", VoCoConfig.official(), 250_000),
-        ("VoCoPaper", VoCoConfig.paper(), 100_000),
-    ):
-        trainer = getattr(module, f"{name}PretrainTrainer")
-        assert trainer.config == config and trainer.epochs * trainer.steps_per_epoch == steps
-        for epochs in (1, 5, 10, 50, 100):
-            variant = getattr(module, f"{name}PretrainTrainer_{epochs}epoch{'' if epochs == 1 else 's'}")
-            assert variant.epochs == epochs and variant.config == config
-    assert module.VoCoPretrainTrainer_quickstart.config == VoCoConfig()
-
-
-# ---- the documentation ----------------------------------------------------------------------------------------------
-
-
-def documented(text: str, pattern: str) -> dict[str, object]:
-    """Option -> value, as it is written in a table."""
-    return {name: ast.literal_eval(value.strip()) for name, value in re.findall(pattern, text, re.MULTILINE)}
-
-
-def options_of(config: VoCoConfig) -> dict[str, object]:
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "transforms"}
-    return options | dataclasses.asdict(config.transforms)
-
-
-def test_the_documentation_lists_every_option_with_its_default(repository):
-    text = (repository / "documentation" / "voco.md").read_text(encoding="utf-8")
-    table = text[text.index("## Options") :]
-    assert documented(table, r"^\| `(\w+)` \| ([^|]+) \|") == options_of(VoCoConfig())
-
-
-def test_the_table_of_choices_tells_the_truth(repository):
-    """Columns: topic, paper, released code, option, default, official trainer, paper trainer."""
-    text = (repository / "documentation" / "voco.md").read_text(encoding="utf-8")
-    table = text[text.index("## Paper and released code") : text.index("## How views are drawn")]
-    configs = [options_of(c) for c in (VoCoConfig(), VoCoConfig.official(), VoCoConfig.paper())]
-    seen = set()
-    for row in (line.split("|")[1:-1] for line in table.splitlines() if line.count("|") == 8):
-        names = re.findall(r"`(?:transforms\.)?(\w+)`", row[3])
-        if len(names) == 1:
-            for cell, config in zip(row[4:], configs):
-                assert ast.literal_eval(cell.strip()) == config[names[0]], row
-            seen.add(names[0])
-    differ = {name for name in configs[0] if len({str(c[name]) for c in configs}) > 1}
-    assert differ <= seen, differ - seen
-
-
-def test_the_documented_trainer_works(repository):
-    text = (repository / "documentation" / "voco.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict = {"__name__": "example"}
-    exec(compile(code, "voco.md", "exec"), names)
-    assert names["VoCoFastPretrainTrainer"].config == VoCoConfig(bases_through="teacher")
+def test_trainers_run_what_they_are_called(check_trainers):
+    check_trainers(
+        "voco",
+        {
+            "VoCo": (VoCoConfig(), 100_000),
+            "VoCoOfficial": (VoCoConfig.official(), 250_000),
+            "VoCoPaper": (VoCoConfig.paper(), 100_000),
+        },
+    )
