@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
@@ -16,9 +14,7 @@ from nnssl_stc3d.methods.base import EMBEDDINGS
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.region_sampler import RegionSampler
-from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import TransformRanges
-from nnssl_stc3d.views.spec import ViewSpecs, stack_specs
 
 VIEW_SHAPE = (8, 8, 8)
 SMALL = {"view_shape": VIEW_SHAPE, "projector_hidden": 16, "projector_dim": 8, "dense_dim": 8, "dense_points": 16}
@@ -29,44 +25,9 @@ def config_of(**changes) -> STC3DConfig:
     return STC3DConfig(**(SMALL | changes))
 
 
-def anatomy(seed: int, shape: tuple[int, ...], channels: int = 1) -> Tensor:
-    """A smooth volume with structure at the scale of a view, ``(1, 1, C, Z, Y, X)``."""
-    noise = torch.randn(1, channels, *[n // 4 for n in shape], generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(noise, size=shape, mode="trilinear")[None]
-
-
-def coordinates(shape: tuple[int, ...]) -> Tensor:
-    """An image of positions, ``(1, 1, 3, Z, Y, X)``."""
-    return torch.stack(torch.meshgrid(*[torch.arange(float(n)) for n in shape], indexing="ij"))[None, None]
-
-
-def make_batch(config: STC3DConfig, volumes: list[Tensor], seed: int = 0) -> ViewBatch:
-    """What the loader makes of volumes ``(1, 1, C, Z, Y, X)``, one for each sample."""
-    sampler = STC3D.view_sampler(config, (16, 16, 16), (1.5, 1.0, 1.0))
-    rng = np.random.default_rng(seed)
-    specs, views = [], []
-    for volume in volumes:
-        (box,), found, _ = sampler.sample([volume.shape[3:]], rng)
-        crop = volume[(..., *(slice(a, b) for a, b in zip(*box)))]
-        views.append(render_views(crop, ViewSpecs(*(f[None] for f in found)), config.view_shape)[0])
-        # In voxels of the volume, so that positions of different crops can be compared.
-        specs.append(found._replace(center=found.center + torch.tensor(box[0])))
-    stacked = stack_specs(specs)
-    return ViewBatch(torch.stack(views), stacked, sampler.targets(stacked, rng))
-
-
 @pytest.fixture
-def build(tiny_plans, tiny_network):
-    """Function ``(config, architecture, channels) -> method`` with frozen parts frozen."""
-
-    def make(config: STC3DConfig, architecture: str = "PlainConvUNet", channels: int = 1) -> STC3D:
-        network = tiny_network(tiny_plans(architecture, channels), channels)
-        torch.manual_seed(0)
-        method = STC3D(network, config)
-        method.freeze_untrained()
-        return method
-
-    return make
+def method_class():
+    return STC3D
 
 
 # ---- the sampler that a configuration asks for ----------------------------------------------------------------------
@@ -92,9 +53,9 @@ def test_anisotropic_plans_rotate_in_plane():
         assert STC3D.view_sampler(config_of(), patch_size, (5, 1, 1)).in_plane == expected
 
 
-def test_the_view_shape_has_to_be_resolved_first(build):
+def test_the_view_shape_has_to_be_resolved_first(network_of):
     with pytest.raises(ValueError, match="view_shape must be resolved"):
-        build(config_of(view_shape=None))
+        STC3D(network_of("PlainConvUNet"), config_of(view_shape=None))
 
 
 # ---- every combination trains ---------------------------------------------------------------------------------------
@@ -125,50 +86,39 @@ def label(options: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in options.items() if not isinstance(v, TransformRanges))
 
 
-def check_training(method: STC3D, batch: ViewBatch) -> None:
-    """One step: finite, a weighted sum of its terms, a gradient for all that is trained and none for the rest."""
-    config = method.config
-    result = method(batch)
-    weights = {
-        "pred": config.pred_weight,
-        "reg": config.reg_weight,
-        "info_nce": config.info_nce_weight,
-        "dense": config.dense_weight,
-    }
-    used = {name: weight for name, weight in weights.items() if weight > 0}
-    assert {name for name in weights if name in result} == set(used)
-    assert result["loss"].item() == pytest.approx(sum(w * result[n].item() for n, w in used.items()), rel=1e-5)
-    assert all(value.isfinite().all() for value in result.values())
-    assert all(not value.requires_grad for name, value in result.items() if name != "loss")
-    result["loss"].backward()
-    for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        else:
-            assert parameter.grad is None, name
-    dense = config.dense_weight > 0
-    assert method.transfers == (("encoder", "decoder") if dense else ("encoder",))
-    decoder = [p for part in ("stages", "transpconvs") for p in getattr(method.network.decoder, part).parameters()]
-    assert all(p.requires_grad == dense for p in decoder)
-    assert not any(p.requires_grad for p in method.network.decoder.seg_layers.parameters())
+@pytest.fixture
+def check_training(check_step, check_transfers):
+    """Function ``(method, batch)``: checks one step, and what is trained and transferred."""
+
+    def check(method: STC3D, batch: ViewBatch) -> None:
+        config = method.config
+        weights = {
+            "pred": config.pred_weight,
+            "reg": config.reg_weight,
+            "info_nce": config.info_nce_weight,
+            "dense": config.dense_weight,
+        }
+        check_step(method, batch, weights)
+        check_transfers(method, config.dense_weight > 0)
+
+    return check
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=label)
-def test_every_combination_of_losses_trains(build, options):
+def test_every_combination_of_losses_trains(build, make_batch, check_training, options):
     config = config_of(**options)
-    check_training(build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)]))
+    check_training(build(config), make_batch(config))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=label)
-def test_every_option_trains(build, options, architecture):
+def test_every_option_trains(build, make_batch, check_training, options, architecture):
     config = config_of(**options)
-    volumes = [anatomy(s, (20, 24, 18), channels=2) for s in range(min(2, config.batch_size))]
-    check_training(build(config, architecture, channels=2), make_batch(config, volumes))
+    check_training(build(config, architecture, channels=2), make_batch(config, min(2, config.batch_size), channels=2))
 
 
-def test_the_literal_paper_trains(build):
+def test_the_literal_paper_trains(build, make_batch, check_training):
     config = dataclasses.replace(STC3DConfig.paper(), **SMALL)
-    check_training(build(config), make_batch(config, [anatomy(s, (40, 40, 40)) for s in range(2)]))
+    check_training(build(config), make_batch(config, shape=(40, 40, 40)))
 
 
 def test_no_parameter_belongs_to_a_loss_that_is_off(build):
@@ -182,18 +132,15 @@ def test_no_parameter_belongs_to_a_loss_that_is_off(build):
         assert others == {name}
 
 
-def test_autocast_gives_a_finite_float32_loss(build):
+def test_autocast_gives_a_finite_float32_loss(build, make_batch, check_autocast):
     config = config_of(info_nce_weight=1.0)
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = method(batch)
-    assert result["loss"].dtype == torch.float32 and result["loss"].isfinite()
-    assert result["loss"].item() == pytest.approx(method(batch)["loss"].item(), rel=0.1)
+    method, batch = build(config), make_batch(config)
+    check_autocast(method, batch, rel=0.1)
 
 
-def test_a_batch_in_which_no_points_correspond_is_survived(build):
+def test_a_batch_in_which_no_points_correspond_is_survived(build, make_batch):
     config = config_of()
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     batch.targets["points_inside"].zero_()
     result = method(batch)
     result["loss"].backward()
@@ -204,30 +151,26 @@ def test_a_batch_in_which_no_points_correspond_is_survived(build):
 
 
 @pytest.mark.parametrize("info_nce_on", ["views", "bins"])
-def test_the_order_of_the_volumes_does_not_matter(build, info_nce_on):
+def test_the_order_of_the_volumes_does_not_matter(build, make_batch, reordered, info_nce_on):
     config = config_of(info_nce_weight=1.0, info_nce_on=info_nce_on, reg_form="overlap_weighted")
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(4)])
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = ViewBatch(
-        batch.views[order], ViewSpecs(*(f[order] for f in batch.specs)), {k: v[order] for k, v in batch.targets.items()}
-    )
-    first, second = method(batch), method(shuffled)
+    method, batch = build(config), make_batch(config, 4)
+    first, second = method(batch), method(reordered(batch, [2, 0, 3, 1]))
     for name in ("loss", "pred", "reg", "info_nce", "dense", "position_accuracy", "voxel_retrieval"):
         assert first[name].item() == pytest.approx(second[name].item(), rel=1e-4), name
 
 
-def test_evaluation_computes_the_same_losses(build):
+def test_evaluation_computes_the_same_losses(build, make_batch):
     config = config_of(info_nce_weight=1.0)
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     assert method.train()(batch)["loss"].item() == pytest.approx(method.eval()(batch)["loss"].item(), rel=1e-6)
 
 
-def test_embeddings_for_the_monitors_are_positive_pairs(build):
+def test_embeddings_for_the_monitors_are_positive_pairs(build, make_batch):
     config = config_of(views_per_region=3)
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     assert method(batch)[EMBEDDINGS].shape == (2 * 2 * 2, 2, 8)
     config = config_of(**ONLY_DENSE)
-    method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     assert method(batch)[EMBEDDINGS].shape == (int(batch.targets["points_inside"].sum()), 2, 8)
 
 
@@ -244,12 +187,12 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize("neutral_overlap", [0.0, 0.3, 1.0])
-def test_views_of_a_region_attract_and_other_regions_and_volumes_repel(build, neutral_overlap):
+def test_views_of_a_region_attract_and_other_regions_and_volumes_repel(build, make_batch, neutral_overlap):
     config = config_of(
         pred_weight=0.0, reg_weight=0.0, dense_weight=0.0, info_nce_weight=1.0, neutral_overlap=neutral_overlap,
         regions=3, temperature=0.5, transforms=TransformRanges(translation=0.4, min_overlap=0.2),
     )  # fmt: skip
-    method, batch = build(config), make_batch(config, [anatomy(s, (16, 20, 16)) for s in range(2)])
+    method, batch = build(config), make_batch(config, shape=(16, 20, 16))
     z = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     method.projector = Given(z)
     overlap = batch.targets["overlap"]
@@ -268,9 +211,9 @@ def test_views_of_a_region_attract_and_other_regions_and_volumes_repel(build, ne
     assert method(batch)["info_nce"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_views_are_compared_with_the_bases_of_their_own_volume(build):
+def test_views_are_compared_with_the_bases_of_their_own_volume(build, make_batch):
     config = config_of(dense_weight=0.0)
-    method, batch = build(config), make_batch(config, [anatomy(s, (24, 24, 24)) for s in range(2)])
+    method, batch = build(config), make_batch(config, shape=(24, 24, 24))
     labels = batch.targets["position"]
     bases = torch.eye(16)
     # Each view is the sum of its bases, weighted by their overlap; the second volume's bases are the last 8 axes.
@@ -284,33 +227,10 @@ def test_views_are_compared_with_the_bases_of_their_own_volume(build):
     assert method(batch)["pred"] > 2 * result["pred"]
 
 
-class SeesPositions(nn.Module):
-    """A U-Net of stride 2 whose features are the positions that a view shows."""
-
-    class Encoder(nn.Module):
-        output_channels = [3, 3]
-        strides = [[1, 1, 1], [2, 2, 2]]
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            return [x, F.avg_pool3d(x, 2)]
-
-    class KeepSkip(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x[:, 3:]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = self.Encoder()
-        self.decoder = nn.Module()
-        self.decoder.stages = nn.ModuleList([self.KeepSkip()])
-        self.decoder.transpconvs = nn.ModuleList([nn.Upsample(scale_factor=2)])
-        self.decoder.seg_layers = nn.ModuleList([nn.Identity()])
-
-
-def test_voxel_embeddings_are_taken_at_corresponding_points():
+def test_voxel_embeddings_are_taken_at_corresponding_points(coordinates, make_batch, sees_positions):
     """On views of an image of positions both embeddings of a pair have to be the same position."""
     config = config_of(**ONLY_DENSE, dense_points=64, views_per_region=3)
-    method = STC3D(SeesPositions(), config)
+    method = STC3D(sees_positions, config)
     method.dense_projector = nn.Identity()
     shape = (40, 44, 36)
     batch = make_batch(config, [coordinates(shape), coordinates(shape) + 100])
@@ -326,11 +246,11 @@ def test_voxel_embeddings_are_taken_at_corresponding_points():
     assert pairs[:first].max() < 100 <= pairs[first:].min()
 
 
-def test_voxels_can_be_contrasted_within_their_volume_only(build):
+def test_voxels_can_be_contrasted_within_their_volume_only(build, make_batch):
     results = {}
     for negatives in ("batch", "volume"):
         config = config_of(**ONLY_DENSE, dense_negatives=negatives, dense_temperature=0.5)
-        method, batch = build(config), make_batch(config, [anatomy(s, (20, 24, 18)) for s in range(3)])
+        method, batch = build(config), make_batch(config, 3)
         results[negatives] = method(batch)
     first, second = results["batch"][EMBEDDINGS].unbind(1)
     assert results["batch"]["dense"].item() == pytest.approx(info_nce(first, second, 0.5).item(), rel=1e-5)
@@ -339,12 +259,12 @@ def test_voxels_can_be_contrasted_within_their_volume_only(build):
     assert results["volume"]["dense"] < results["batch"]["dense"]
 
 
-def test_bins_are_contrasted_with_the_bins_they_land_in():
+def test_bins_are_contrasted_with_the_bins_they_land_in(coordinates, make_batch, sees_positions):
     config = config_of(
         **(ONLY_DENSE | {"dense_weight": 0.0, "info_nce_weight": 1.0}), info_nce_on="bins", bins=(2, 2, 2)
     )
     config = dataclasses.replace(config, transforms=TransformRanges(quarter_turns=1.0, translation=0.05))
-    method = STC3D(SeesPositions(), config)
+    method = STC3D(sees_positions, config)
     seen = []
     method.bin_projector = nn.Identity()
     method.bin_projector.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -359,21 +279,10 @@ def test_bins_are_contrasted_with_the_bins_they_land_in():
 # ---- it learns ------------------------------------------------------------------------------------------------------
 
 
-def overfit(method: STC3D, batch: ViewBatch, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Results before and after training on one batch."""
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-3)
-    before = {k: v.detach() for k, v in method(batch).items()}
-    for _ in range(steps):
-        optimizer.zero_grad()
-        method(batch)["loss"].backward()
-        optimizer.step()
-    return before, {k: v.detach() for k, v in method(batch).items()}
-
-
-def test_a_fixed_batch_is_learnt(build, architecture):
+def test_a_fixed_batch_is_learnt(build, make_batch, overfit, architecture):
     config = config_of(dense_points=32, projector_dim=32)
     method = build(config, architecture)
-    batch = make_batch(config, [anatomy(s, (28, 28, 28)) for s in range(2)])
+    batch = make_batch(config, shape=(28, 28, 28))
     before, after = overfit(method, batch, 20)
     assert after["loss"] < 0.7 * before["loss"]
     assert after["pred"] < before["pred"] and after["dense"] < before["dense"]
@@ -382,9 +291,9 @@ def test_a_fixed_batch_is_learnt(build, architecture):
     assert after["voxel_retrieval"] > 0.2 > before["voxel_retrieval"]
 
 
-def test_a_fixed_batch_is_learnt_as_the_paper_writes_it(build):
+def test_a_fixed_batch_is_learnt_as_the_paper_writes_it(build, make_batch, overfit):
     config = dataclasses.replace(STC3DConfig.paper(), **SMALL)
-    before, after = overfit(build(config), make_batch(config, [anatomy(s, (40, 40, 40)) for s in range(2)]), 20)
+    before, after = overfit(build(config), make_batch(config, shape=(40, 40, 40)), 20)
     assert after["loss"] < 0.7 * before["loss"]
     for term in ("pred", "reg", "info_nce"):
         assert after[term] < before[term]

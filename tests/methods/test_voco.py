@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from nnssl_stc3d.methods.base import EMBEDDINGS
 from nnssl_stc3d.methods.voco import VoCo, VoCoConfig
 from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.geometry import overlap_fraction
-from nnssl_stc3d.views.render import render_views
 from nnssl_stc3d.views.samplers import TransformRanges
 from nnssl_stc3d.views.spec import ViewSpecs, stack_specs
 
@@ -27,47 +25,12 @@ def config_of(**changes) -> VoCoConfig:
     return VoCoConfig(**(SMALL | changes))
 
 
-def anatomy(seed: int, shape: tuple[int, ...] = (20, 24, 18), channels: int = 1) -> Tensor:
-    """A smooth volume with structure at the scale of a view, ``(1, 1, C, Z, Y, X)``."""
-    noise = torch.randn(1, channels, *[n // 4 for n in shape], generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(noise, size=shape, mode="trilinear")[None]
-
-
-def make_batch(config: VoCoConfig, volumes: list[Tensor], seed: int = 0) -> ViewBatch:
-    """What the loader makes of volumes ``(1, 1, C, Z, Y, X)``, one for each sample."""
-    sampler = VoCo.view_sampler(config, (16, 16, 16), (1.5, 1.0, 1.0))
-    rng = np.random.default_rng(seed)
-    specs, views = [], []
-    for volume in volumes:
-        (box,), found, *_ = sampler.sample([volume.shape[3:]], rng)
-        crop = volume[(..., *(slice(a, b) for a, b in zip(*box)))]
-        views.append(render_views(crop, ViewSpecs(*(f[None] for f in found)), config.view_shape)[0])
-        specs.append(found)
-    stacked = stack_specs(specs)
-    return ViewBatch(torch.stack(views), stacked, sampler.targets(stacked, rng))
-
-
 @pytest.fixture
-def build(tiny_plans, tiny_network):
-    """Function ``(config, architecture, channels) -> method`` with frozen parts frozen."""
-
-    def make(config: VoCoConfig, architecture: str = "PlainConvUNet", channels: int = 1) -> VoCo:
-        network = tiny_network(tiny_plans(architecture, channels), channels)
-        torch.manual_seed(0)
-        method = VoCo(network, config)
-        method.freeze_untrained()
-        return method
-
-    return make
+def method_class():
+    return VoCo
 
 
 # ---- the released step ----------------------------------------------------------------------------------------------
-
-
-def wave(shape: tuple[int, ...], a: float, b: float = 0.0, scale: float = 1.0) -> Tensor:
-    """The input of the reference values: ``scale * sin(a k + b + 0.003 (k^2 mod 1009))`` for element ``k``."""
-    k = torch.arange(math.prod(shape), dtype=torch.float64)
-    return (scale * torch.sin(a * k + b + 0.003 * ((k * k) % 1009))).reshape(shape)
 
 
 class Linear(nn.Module):
@@ -91,20 +54,27 @@ class Linear(nn.Module):
         self.decoder.stages, self.decoder.transpconvs = nn.ModuleList(), nn.ModuleList()
 
 
-def linear_voco(**changes) -> VoCo:
-    options = {"view_shape": (2, 2, 2), "grid": (1, 4, 4), "crops": 2, "bins": (1, 1, 1), "reg_form": "official"}
-    method = VoCo(Linear(), VoCoConfig(**(options | changes)))
-    method.projector = nn.Identity()
-    with torch.no_grad():
-        method.network.encoder.linear.weight.copy_(wave((8, 8), 0.37))
-    if method.teacher is not None:
-        method.teacher.module["projector"] = nn.Identity()
+@pytest.fixture
+def linear_voco(wave):
+    """Function ``(**options) -> method`` on linear networks with the weights of the reference values."""
+
+    def make(**changes) -> VoCo:
+        options = {"view_shape": (2, 2, 2), "grid": (1, 4, 4), "crops": 2, "bins": (1, 1, 1), "reg_form": "official"}
+        method = VoCo(Linear(), VoCoConfig(**(options | changes)))
+        method.projector = nn.Identity()
         with torch.no_grad():
-            method.teacher.module["encoder"].linear.weight.copy_(wave((8, 8), 0.23, 1.0))
-    return method
+            method.network.encoder.linear.weight.copy_(wave((8, 8), 0.37))
+        if method.teacher is not None:
+            method.teacher.module["projector"] = nn.Identity()
+            with torch.no_grad():
+                method.teacher.module["encoder"].linear.weight.copy_(wave((8, 8), 0.23, 1.0))
+        return method
+
+    return make
 
 
-def reference_batch() -> ViewBatch:
+@pytest.fixture
+def reference_batch(wave) -> ViewBatch:
     """Two volumes with 4 x 4 bases of 64 voxels; crops around (80, 144), (111, 77) and (32, 32), (223, 128)."""
     crops, bases = wave((2, 2, 1, 2, 2, 2), 0.9), wave((2, 16, 1, 2, 2, 2), 0.11, 0.3)
     centers = torch.cartesian_prod(torch.arange(32.0, 256, 64), torch.arange(32.0, 256, 64)).expand(2, -1, -1)
@@ -120,7 +90,7 @@ def reference_batch() -> ViewBatch:
     return ViewBatch(torch.cat((bases, crops), dim=1), specs(centers), {"position": labels})
 
 
-def test_a_full_step_of_the_released_code():
+def test_a_full_step_of_the_released_code(linear_voco, reference_batch):
     method = linear_voco()
     method.after_step(0.0)
     slow = method.teacher.module["encoder"].linear.weight
@@ -128,8 +98,7 @@ def test_a_full_step_of_the_released_code():
     assert slow[0, :4].tolist() == pytest.approx(
         [0.7573238863271069, 0.8855796234251252, 0.963921327486779, 0.9811358032559321], rel=1e-9
     )
-    batch = reference_batch()
-    result = method(batch)
+    result = method(reference_batch)
     assert result["pred"].item() == pytest.approx(0.7015407937399064 + 0.037144536726288147, rel=1e-6)
     assert result["reg"].item() == pytest.approx(0.2398446101934109, rel=1e-9)
     assert result["loss"].item() == pytest.approx(0.9785299406596055, rel=1e-6)
@@ -156,15 +125,14 @@ def test_the_released_position_labels(place, expected):
     assert labels.tolist() == pytest.approx(dense, abs=1e-6)
 
 
-def test_the_printed_step_has_no_gradient_from_the_prediction_to_the_bases():
+def test_the_printed_step_has_no_gradient_from_the_prediction_to_the_bases(linear_voco, reference_batch):
     method = linear_voco(teacher_momentum=None, pred_form="paper", reg_form="paper")
     assert method.teacher is None
-    batch = reference_batch()
     weight = method.network.encoder.linear.weight
-    crops, bases = (batch.views[:, part].flatten(2) @ weight.T for part in (slice(16, None), slice(0, 16)))
-    pred = position_prediction(position_logits(crops, bases.detach()), batch.targets["position"], "paper")
+    crops, bases = (reference_batch.views[:, part].flatten(2) @ weight.T for part in (slice(16, None), slice(0, 16)))
+    pred = position_prediction(position_logits(crops, bases.detach()), reference_batch.targets["position"], "paper")
     expected = pred + base_discrepancy(bases, "paper")
-    result = method(batch)
+    result = method(reference_batch)
     assert result["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
     gradients = [torch.autograd.grad(loss, weight)[0] for loss in (result["loss"], expected)]
     torch.testing.assert_close(*gradients)
@@ -193,55 +161,41 @@ def label(options: dict) -> str:
     return " ".join(f"{k}={v}" for k, v in options.items() if not isinstance(v, TransformRanges))
 
 
-def check_training(method: VoCo, batch: ViewBatch) -> None:
-    """One step: finite, a sum of its terms, a gradient for all that is trained and none for the rest."""
-    config = method.config
-    result = method(batch)
-    assert ("reg" in result) == (config.reg_weight > 0)
-    reg = config.reg_weight * result["reg"].item() if config.reg_weight else 0
-    assert result["loss"].item() == pytest.approx(result["pred"].item() + reg, rel=1e-5)
-    assert all(value.isfinite().all() for value in result.values())
-    assert all(not value.requires_grad for name, value in result.items() if name != "loss")
-    result["loss"].backward()
-    for name, parameter in method.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        else:
-            assert parameter.grad is None, name
-    trains_decoder = config.descriptor_stages == "encoder+decoder"
-    assert method.transfers == (("encoder", "decoder") if trains_decoder else ("encoder",))
-    decoder = [p for part in ("stages", "transpconvs") for p in getattr(method.network.decoder, part).parameters()]
-    assert all(p.requires_grad == trains_decoder for p in decoder)
-    assert all(p.requires_grad for p in method.network.encoder.parameters())
-    if method.teacher is not None:
-        assert not any(p.requires_grad for p in method.teacher.parameters())
+@pytest.fixture
+def check_training(check_step, check_transfers):
+    """Function ``(method, batch)``: checks one step, and what is trained and transferred."""
+
+    def check(method: VoCo, batch: ViewBatch) -> None:
+        check_step(method, batch, {"pred": 1.0, "reg": method.config.reg_weight})
+        check_transfers(method, method.config.descriptor_stages == "encoder+decoder")
+        assert all(p.requires_grad for p in method.network.encoder.parameters())
+        if method.teacher is not None:
+            assert not any(p.requires_grad for p in method.teacher.parameters())
+
+    return check
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=label)
-def test_every_option_trains(build, options, architecture):
+def test_every_option_trains(build, make_batch, check_training, options, architecture):
     config = config_of(**options)
-    volumes = [anatomy(s, channels=2) for s in range(min(2, config.batch_size))]
-    check_training(build(config, architecture, channels=2), make_batch(config, volumes))
+    check_training(build(config, architecture, channels=2), make_batch(config, min(2, config.batch_size), channels=2))
 
 
 @pytest.mark.parametrize("name", ["paper", "official"])
-def test_the_literal_forms_train(build, name):
+def test_the_literal_forms_train(build, make_batch, check_training, name):
     config = dataclasses.replace(getattr(VoCoConfig, name)(), **SMALL)
-    check_training(build(config), make_batch(config, [anatomy(s, (40, 40, 40)) for s in range(2)]))
+    check_training(build(config), make_batch(config, shape=(40, 40, 40)))
 
 
-def test_the_smallest_volumes_train(build):
+def test_the_smallest_volumes_train(build, make_batch, check_training):
     config = config_of()
-    check_training(build(config), make_batch(config, [anatomy(s, (16, 16, 16)) for s in range(2)]))
+    check_training(build(config), make_batch(config, shape=(16, 16, 16)))
 
 
-def test_autocast_gives_a_finite_float32_loss(build):
+def test_autocast_gives_a_finite_float32_loss(build, make_batch, check_autocast):
     config = config_of()
-    method, batch = build(config), make_batch(config, [anatomy(s) for s in range(2)])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = method(batch)
-    assert result["loss"].dtype == torch.float32 and result["loss"].isfinite()
-    assert result["loss"].item() == pytest.approx(method(batch)["loss"].item(), rel=0.1)
+    method, batch = build(config), make_batch(config)
+    check_autocast(method, batch, rel=0.1)
 
 
 def test_the_sampler_follows_the_options():
@@ -258,9 +212,9 @@ def test_the_sampler_follows_the_options():
 # ---- the teacher ----------------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_starts_equal_and_follows(build):
+def test_the_teacher_starts_equal_and_follows(build, make_batch):
     config = config_of()
-    method, batch = build(config), make_batch(config, [anatomy(s) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     parts = method._student()
     for slow, fast in zip(method.teacher.module.parameters(), parts.parameters(), strict=True):
         assert torch.equal(slow, fast)
@@ -275,7 +229,7 @@ def test_the_teacher_starts_equal_and_follows(build):
         torch.testing.assert_close(slow, 0.9 * old + 0.1 * fast)
 
 
-def test_the_bases_through_the_teacher_get_no_gradient_but_the_same_loss(build):
+def test_the_bases_through_the_teacher_get_no_gradient_but_the_same_loss(build, make_batch):
     """With equal networks both ways give one loss; only the gradient of the encoder differs."""
     results, gradients = [], []
     for through in ("both", "teacher"):
@@ -283,7 +237,7 @@ def test_the_bases_through_the_teacher_get_no_gradient_but_the_same_loss(build):
         method = build(config)
         seen = []
         method.network.encoder.register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(len(inputs[0])))
-        batch = make_batch(config, [anatomy(s) for s in range(2)])
+        batch = make_batch(config)
         result = method(batch)
         result["loss"].backward()
         results.append(result["loss"].item())
@@ -294,9 +248,9 @@ def test_the_bases_through_the_teacher_get_no_gradient_but_the_same_loss(build):
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
 
 
-def test_the_state_continues_exactly(build):
+def test_the_state_continues_exactly(build, make_batch):
     config = config_of()
-    batch = make_batch(config, [anatomy(s) for s in range(2)])
+    batch = make_batch(config)
 
     def train(method: VoCo, steps: int) -> Tensor:
         optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.05)
@@ -321,9 +275,9 @@ def test_the_state_continues_exactly(build):
 # ---- what is reported, and that it learns ---------------------------------------------------------------------------
 
 
-def test_embeddings_are_crops_with_their_nearest_base(build):
+def test_embeddings_are_crops_with_their_nearest_base(build, make_batch):
     config = config_of()
-    method, batch = build(config), make_batch(config, [anatomy(s) for s in range(2)])
+    method, batch = build(config), make_batch(config)
     embeddings = {}
     method.projector.register_forward_hook(lambda _, __, output: embeddings.update(all=output.unflatten(0, (2, -1))))
     pairs = method(batch)[EMBEDDINGS]
@@ -337,18 +291,11 @@ def test_embeddings_are_crops_with_their_nearest_base(build):
 
 
 @pytest.mark.parametrize("options", [{}, {"bases_through": "teacher"}, {"teacher_momentum": None}], ids=label)
-def test_a_fixed_batch_is_learnt(build, options):
+def test_a_fixed_batch_is_learnt(build, make_batch, overfit, options):
     config = config_of(projector_dim=32, crops=8, **options)
     method = build(config)
-    batch = make_batch(config, [anatomy(s, (28, 28, 28)) for s in range(2)])
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-3)
-    before = method(batch)
-    for _ in range(60):
-        optimizer.zero_grad()
-        method(batch)["loss"].backward()
-        optimizer.step()
-        method.after_step(0.0)
-    after = method(batch)
+    batch = make_batch(config, shape=(28, 28, 28))
+    before, after = overfit(method, batch, 60)
     assert after["loss"] < 0.5 * before["loss"] and after["pred"] < 0.5 * before["pred"]
     # Chance is 1 in 8.
     assert after["position_accuracy"] > 0.35
