@@ -11,7 +11,7 @@ class STC3DFinetuneTrainer(FinetuneTrainer):
 class STC3DFinetuneTrainer_quickstart(STC3DFinetuneTrainer):
     """A few minutes on a laptop: ``nnssl_stc3d quickstart``."""
 
-    epochs = 20
+    epochs = 16
     steps_per_epoch = 25
     validation_steps = 4
     # High: in so few steps, structures appear late or not at all at lower ones.

@@ -53,7 +53,7 @@ class QuickstartSettings:
     batch_size: int = 2
     pretrain_epochs: int = 16
     finetune_trainer: str = "STC3DFinetuneTrainer_quickstart"
-    finetune_epochs: int = 20
+    finetune_epochs: int = 16
     processes: int = 2
 
 
