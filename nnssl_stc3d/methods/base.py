@@ -210,6 +210,14 @@ def positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {getattr(config, name)!r}")
 
 
+def three_positive(config: object, *names: str) -> None:
+    """Raise ValueError for a field that is not one positive number for each axis."""
+    for name in names:
+        value = getattr(config, name)
+        if len(value) != 3 or min(value) < 1:
+            raise ValueError(f"{name} must be three positive numbers (Z, Y, X), got {value}")
+
+
 def not_negative(config: object, *names: str) -> None:
     """Raise ValueError for a field below 0."""
     for name in names:

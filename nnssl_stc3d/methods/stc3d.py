@@ -19,6 +19,7 @@ from nnssl_stc3d.methods.base import (
     choices,
     not_negative,
     positive,
+    three_positive,
 )
 from nnssl_stc3d.modules.feature_pyramid import decoder_features, encoder_channels
 from nnssl_stc3d.modules.heads import Projector, pooled_descriptor, sample_features
@@ -105,9 +106,7 @@ class STC3DConfig(PretrainConfig):
             positive(self, "region_scale")
         if self.views_per_region < 2:
             raise ValueError(f"views_per_region must be at least 2 (positive pairs), got {self.views_per_region}")
-        for name in ("grid", "bins"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be three positive numbers (Z, Y, X), got {getattr(self, name)}")
+        three_positive(self, "grid", "bins")
         if self.needs_bases and max(self.grid) < 2:
             raise ValueError(f"position prediction and discrepancy need at least 2 bases, got grid {self.grid}")
         if not (self.pred_weight or self.reg_weight or self.info_nce_weight or self.dense_weight):

@@ -18,6 +18,7 @@ from nnssl_stc3d.methods.base import (
     choices,
     not_negative,
     positive,
+    three_positive,
 )
 from nnssl_stc3d.modules.ema import EMATeacher
 from nnssl_stc3d.modules.feature_pyramid import decoder_features, encoder_channels
@@ -86,9 +87,7 @@ class VoCoConfig(PretrainConfig):
         )
         positive(self, "base_scale", "crops", "projector_hidden", "projector_dim")
         not_negative(self, "reg_weight")
-        for name in ("grid", "bins"):
-            if len(getattr(self, name)) != 3 or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be three positive numbers (Z, Y, X), got {getattr(self, name)}")
+        three_positive(self, "grid", "bins")
         if max(self.grid) < 2:
             raise ValueError(f"position prediction needs at least 2 bases, got grid {self.grid}")
         if self.teacher_momentum is not None and not 0 <= self.teacher_momentum <= 1:
