@@ -66,7 +66,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--epochs", type=int, choices=[1, 5, 10, 50, 100], default=5, help="of finetuning, 250 steps each"
     )
     parser.add_argument("--pretrain-trainer", default="STC3DPretrainTrainer_10epochs", help="default: %(default)s")
-    parser.add_argument("--pretrain-checkpoint", type=Path, help="finetune from this file instead of pretraining")
+    checkpoint_help = "finetune from this file instead of pretraining; or one file for each of --seeds, in their order"
+    parser.add_argument("--pretrain-checkpoint", type=Path, nargs="+", help=checkpoint_help)
     parser.add_argument("--variant", default="pretrained", help="name of the pretraining in folders and tables")
     parser.add_argument("--report", nargs="+", metavar="VARIANT", help="variants in the tables (default: --variant)")
     parser.add_argument("--cases", choices=["val", "test"], default="test", help="what is predicted and reported")
@@ -84,6 +85,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if options.variant in (SCRATCH, "pretraining"):
         parser.error(f"--variant must not be {options.variant!r}, which is the name of another folder")
+    if options.pretrain_checkpoint and len(options.pretrain_checkpoint) not in (1, len(options.seeds)):
+        parser.error(
+            f"expected one --pretrain-checkpoint or one for each of {len(options.seeds)} --seeds, "
+            f"got {len(options.pretrain_checkpoint)}"
+        )
     return options
 
 
@@ -101,10 +107,12 @@ def small_plans_options(options: argparse.Namespace) -> list[str]:
 
 def list_runs(options: argparse.Namespace, settings: Settings, split: Split, variants: Sequence[str]) -> list[Run]:
     """Runs of some pretrainings and of scratch, each once."""
-    checkpoint = options.pretrain_checkpoint or pretraining_checkpoint(settings, options.pretrain_trainer)
+    files = options.pretrain_checkpoint or [pretraining_checkpoint(settings, options.pretrain_trainer)]
+    if len(files) == 1:
+        files = files * len(options.seeds)
+    checkpoints = {seed: file.resolve() for seed, file in zip(options.seeds, files, strict=True)}
     planned = [
-        plan_runs(split, options.arms, options.labels, options.seeds, options.epochs, variant, checkpoint.resolve())
-        for variant in variants
+        plan_runs(split, options.arms, options.labels, checkpoints, options.epochs, variant) for variant in variants
     ]
     return list(dict.fromkeys(run for runs in planned for run in runs))
 
@@ -159,8 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call(command, settings, "pretraining", log, options.pretrain_trainer, options.split_seed)
     failures = []
     if "finetune" in options.stages:
-        if pretrained and pretrained[0].checkpoint:
-            pin_checkpoint(settings, options.variant, pretrained[0].checkpoint)
+        for run in pretrained:
+            pin_checkpoint(settings, run)
         failures = execute_all(runs, settings, options.jobs)
     if "report" in options.stages:
         shown = list_runs(options, settings, split, options.report or [options.variant])

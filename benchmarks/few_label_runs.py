@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,10 +147,9 @@ def plan_runs(
     split: Split,
     arms: Sequence[str],
     labels: Sequence[int],
-    seeds: Sequence[int],
+    checkpoints: Mapping[int, Path],
     epochs: int,
     variant: str,
-    checkpoint: Path,
 ) -> list[Run]:
     """Lists the runs of a comparison, seed by seed, so that an interrupted one has complete pairs.
 
@@ -158,14 +157,13 @@ def plan_runs(
         split: the cases.
         arms: such as "scratch-stock" and "pretrained-stc3d".
         labels: numbers of labelled cases.
-        seeds: draws.
+        checkpoints: draws, and the pretraining that each starts from.
         epochs: of the trainers, which have a variant for it.
         variant: name of the pretraining.
-        checkpoint: of the pretraining.
     """
     suffix = f"_{epochs}epoch" + ("s" if epochs > 1 else "")
     runs = []
-    for seed in seeds:
+    for seed, checkpoint in checkpoints.items():
         for count in labels:
             for arm in arms:
                 init, schedule = arm.split("-")
@@ -291,20 +289,20 @@ def pretrain_command(settings: Settings, trainer: str) -> list[str]:
     return [*command, "-device", settings.device] + (["--c"] if interrupted else [])
 
 
-def pin_checkpoint(settings: Settings, variant: str, checkpoint: Path) -> None:
-    """Ties a variant's name to one checkpoint, so that a table never mixes two.
+def pin_checkpoint(settings: Settings, run: Run) -> None:
+    """Ties a variant's name and a draw to one checkpoint, so that a table never mixes two.
 
     Raises:
-        ValueError: the name belongs to another checkpoint, or the file is missing.
+        ValueError: they belong to another checkpoint, or the file is missing.
     """
-    if not checkpoint.is_file():
-        raise ValueError(f"expected a pretraining checkpoint, found no file {checkpoint}")
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    record = settings.work / "results" / variant / "pretraining.json"
+    if run.checkpoint is None or not run.checkpoint.is_file():
+        raise ValueError(f"expected a pretraining checkpoint, found no file {run.checkpoint}")
+    digest = hashlib.sha256(run.checkpoint.read_bytes()).hexdigest()
+    record = settings.work / "results" / run.init / f"pretraining_seed{run.seed}.json"
     if record.is_file():
         if json.loads(record.read_text(encoding="utf-8"))["sha256"] != digest:
-            raise ValueError(f"variant {variant!r} was finetuned from another checkpoint; choose another --variant")
+            raise ValueError(f"variant {run.init!r} was finetuned from another checkpoint; choose another --variant")
         return
     record.parent.mkdir(parents=True, exist_ok=True)
-    content = {"checkpoint": str(checkpoint), "sha256": digest}
+    content = {"checkpoint": str(run.checkpoint), "sha256": digest}
     record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

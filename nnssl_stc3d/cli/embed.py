@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
-from nnssl_stc3d.cli.small_plans import find_dataset_folder
+from nnssl_stc3d.cli.datasets import preprocessed_folder
 
 DESCRIPTION = """\
 Embeds all preprocessed cases of a dataset with a pretraining that contrasts voxels (Vox2VecPretrainTrainer or
@@ -45,10 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.width < 1:
         raise ValueError(f"--width must be positive, got {args.width}")
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise ValueError("nnUNet_preprocessed is not set. Set it to nnU-Net's folder of preprocessed data.")
-    folder = find_dataset_folder(Path(root), args.dataset)
+    folder = preprocessed_folder(args.dataset)
     file = folder / f"{args.plans}.json"
     if not file.is_file():
         there = ", ".join(sorted(p.stem for p in folder.glob("*lans*.json"))) or "none"

@@ -17,6 +17,7 @@ COMMANDS = {
     "doctor": "check the installation and print the fix for whatever is wrong",
     "quickstart": "pretrain, finetune, predict and compare on a small example or on your data",
     "small-plans": "write plans that train in minutes on a CPU",
+    "network-plans": "write plans that name another network, such as vox2vec's",
     "export": "write a checkpoint in a form for use elsewhere",
     "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",
 }

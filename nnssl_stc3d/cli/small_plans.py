@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from pathlib import Path
 
+from nnssl_stc3d.cli.datasets import preprocessed_folder
 from nnssl_stc3d.prepare.plans import SmallPlansConfig, write_small_plans
 
 
@@ -48,43 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     return parser
 
 
-def find_dataset_folder(root: Path, dataset: str) -> Path:
-    """Finds a dataset's folder by number or name.
-
-    Args:
-        root: nnUNet_preprocessed or nnUNet_raw.
-        dataset: "802", "Dataset802" or "Dataset802_Name".
-
-    Raises:
-        ValueError: none or several match.
-    """
-    pattern = f"Dataset{int(dataset):03d}_*" if dataset.isdigit() else f"{dataset}*"
-    found = sorted(f for f in root.glob(pattern) if f.is_dir())
-    exact = [f for f in found if f.name == dataset]
-    if len(exact or found) != 1:
-        raise ValueError(
-            f"Expected one folder {root / pattern}, found {len(found)}"
-            + (
-                f": {', '.join(f.name for f in found)}. Give its full name."
-                if found
-                else ". Run nnUNetv2_plan_and_preprocess first."
-            )
-        )
-    return (exact or found)[0]
-
-
 def run(args: argparse.Namespace) -> int:
     """Writes the plans and says what is in them."""
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise ValueError(
-            "The environment variable nnUNet_preprocessed is not set. Set it to nnU-Net's folder of preprocessed data."
-        )
-    if not Path(root).is_dir():
-        raise ValueError(
-            f"nnUNet_preprocessed is {root}, which is not a folder. Correct the variable or create the folder."
-        )
-    folder = find_dataset_folder(Path(root), args.dataset)
+    folder = preprocessed_folder(args.dataset)
     small = SmallPlansConfig(
         base_features=args.base_features,
         max_features=args.max_features,

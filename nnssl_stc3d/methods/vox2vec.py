@@ -121,8 +121,8 @@ class Vox2Vec(PretrainMethod):
         if config.network == "fpn" and not isinstance(network, VoxelFPN):
             raise ValueError(
                 f"this form of vox2vec pretrains the paper's FPN, but the plan names {type(network).__name__}. Write "
-                "FPN plans with nnssl_stc3d.prepare.fpn_plans.write_fpn_plans (documentation/vox2vec.md) and train "
-                "with -p and their name, or pretrain this network with Vox2VecPretrainTrainer."
+                "FPN plans with nnssl_stc3d network-plans -d DATASET --network fpn-paper and train with -p and their "
+                "name, or pretrain this network with Vox2VecPretrainTrainer."
             )
         return super().resolve(config, network, patch_size)
 

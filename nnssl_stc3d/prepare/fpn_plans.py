@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnssl_stc3d.prepare.plans import read_plans, trainable_configuration
+from nnssl_stc3d.prepare.plans import trainable_configuration, write_derived_plans
 
 FPN_CLASS = "nnssl_stc3d.modules.fpn.VoxelFPN"
 
@@ -72,7 +71,11 @@ def derive_fpn_plans(
 
 
 def write_fpn_plans(
-    folder: str | Path, source: str = "nnUNetPlans", target: str = "nnUNetFPNPlans", **options: Any
+    folder: str | Path,
+    source: str = "nnUNetPlans",
+    target: str = "nnUNetFPNPlans",
+    overwrite: bool = False,
+    **options: Any,
 ) -> Path:
     """Write FPN plans beside the plans that they come from.
 
@@ -80,17 +83,12 @@ def write_fpn_plans(
         folder: nnUNet_preprocessed/DatasetXXX_Name.
         source: identifier of nnU-Net's plans.
         target: identifier of the new plans, which is also the file's name.
+        overwrite: replaces an existing file of that name.
         options: see :func:`derive_fpn_plans`.
 
     Raises:
         ValueError: if the new name cannot be used or exists; see also :func:`derive_fpn_plans`.
     """
-    folder = Path(folder)
-    if not target or target == source or "__" in target or Path(target).name != target:
-        raise ValueError(f"{target!r} cannot name new plans: expected a plain name without '__' other than {source!r}")
-    file = folder / f"{target}.json"
-    plans = derive_fpn_plans(read_plans(folder, source), target, **options)
-    if file.exists():
-        raise ValueError(f"{file} exists. Remove it or choose another name.")
-    file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")
-    return file
+    return write_derived_plans(
+        Path(folder), source, target, lambda plans: derive_fpn_plans(plans, target, **options), overwrite
+    )

@@ -7,7 +7,7 @@ data identifier stay, so the small plans train on the data that was preprocessed
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,34 +249,45 @@ def write_small_plans(
     small: SmallPlansConfig | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes small plans beside the plans that they come from.
+    """Writes small plans beside the plans that they come from; see `write_derived_plans` and `derive_small_plans`."""
+    return write_derived_plans(
+        folder, source, target, lambda plans: derive_small_plans(plans, target, configuration, small), overwrite
+    )
+
+
+def write_derived_plans(
+    folder: Path,
+    source: str,
+    target: str,
+    derive: Callable[[dict[str, Any]], dict[str, Any]],
+    overwrite: bool = False,
+) -> Path:
+    """Writes plans beside the plans that they come from.
 
     Args:
         folder: nnUNet_preprocessed/DatasetXXX_Name.
-        source: identifier of nnU-Net's plans.
+        source: identifier of the plans to start from.
         target: identifier of the new plans, which is also the file's name.
-        configuration: the configuration to derive.
-        small: widths, patch and batch.
+        derive: makes the new plans of the old ones.
         overwrite: replaces an existing file of that name.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: the new name is the old one, contains "__" or a path, or exists; see also `derive_small_plans`.
+        ValueError: the new name is the old one, contains "__" or a path, or exists.
     """
     if target == source:
         raise ValueError(
-            f"The small plans need a name of their own, got {target!r}, which are the plans that they are derived from."
+            f"The new plans need a name of their own, got {target!r}, which are the plans that they are derived from."
         )
     if not target or "__" in target or Path(target).name != target:
         raise ValueError(
             f"{target!r} cannot be a plans identifier: nnU-Net names its results TRAINER__PLANS__CONFIGURATION, "
-            f"so it must be a plain name "
-            "without '__' and '/'."
+            "so it must be a plain name without '__' and '/'."
         )
     file = folder / f"{target}.json"
-    plans = derive_small_plans(read_plans(folder, source), target, configuration, small)
+    plans = derive(read_plans(folder, source))
     if file.exists() and not overwrite:
         raise ValueError(f"{file} exists. Pass --overwrite to replace it or -o to write under another name.")
     file.write_text(json.dumps(plans, indent=4) + "\n", encoding="utf-8")

@@ -74,7 +74,7 @@ def test_body_masks_are_made_and_the_log_says_how(pretrained, workspace):
 def test_the_papers_form_needs_the_papers_network(pretrained):
     run = pretrained["refused"]
     assert run.returncode != 0
-    assert "the plan names PlainConvUNet" in run.output and "write_fpn_plans" in run.output
+    assert "the plan names PlainConvUNet" in run.output and "network-plans" in run.output
 
 
 @pytest.mark.parametrize("name", RUNS)

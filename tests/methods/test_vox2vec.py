@@ -85,7 +85,7 @@ def test_options_with_ranges_survive_a_checkpoint():
 def test_the_form_for_the_fpn_names_the_way_out_on_a_unet(build):
     config = dataclasses.replace(Vox2VecConfig.paper(), view_shape=VIEW_SHAPE)
     unet, fpn = build(config_of()).network, build(config_of(), "VoxelFPN").network
-    with pytest.raises(ValueError, match="plan names PlainConvUNet.*write_fpn_plans"):
+    with pytest.raises(ValueError, match="plan names PlainConvUNet.*network-plans"):
         Vox2Vec.resolve(config, unet, (16, 16, 16))
     assert Vox2Vec.resolve(config, fpn, (16, 16, 16)) == config
     assert Vox2Vec.resolve(config_of(view_shape=None), unet, (32, 32, 32)).view_shape == (16, 16, 16)

@@ -48,8 +48,9 @@ def test_plans_are_written_beside_their_source(tiny_plans, tmp_path):
     assert json.loads(file.read_text()) == derive_fpn_plans(tiny_plans(), "nnUNetFPNPlans")
     with pytest.raises(ValueError, match="exists"):
         write_fpn_plans(tmp_path)
-    for name in ("nnUNetPlans", "a__b", "../a"):
-        with pytest.raises(ValueError, match="cannot name new plans"):
+    assert write_fpn_plans(tmp_path, overwrite=True) == file
+    for name, message in (("nnUNetPlans", "name of their own"), ("a__b", "plain name"), ("../a", "plain name")):
+        with pytest.raises(ValueError, match=message):
             write_fpn_plans(tmp_path, target=name)
 
 
