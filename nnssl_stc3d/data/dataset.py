@@ -29,6 +29,7 @@ class CaseDataset:
     def __init__(self, folder: str | Path, identifiers: Sequence[str]) -> None:
         self.folder = Path(folder)
         self.identifiers = sorted(identifiers)
+        self._shapes: dict[str, tuple[int, ...]] = {}
         missing = [i for i in self.identifiers if not self._path(i).is_file()]
         if not self.identifiers or missing:
             what = f"{len(missing)} cases are missing, the first is {missing[0]}" if missing else "it holds no case"
@@ -50,7 +51,10 @@ class CaseDataset:
 
     def shape(self, identifier: str) -> tuple[int, ...]:
         """``(Z, Y, X)`` of a case."""
-        return tuple(self.open(identifier).shape[1:])
+        if identifier not in self._shapes:
+            # Remembered: every sample asks, and opening the file twice costs as much as a small box.
+            self._shapes[identifier] = tuple(self.open(identifier).shape[1:])
+        return self._shapes[identifier]
 
     def modified(self, identifier: str) -> float:
         """When a case was written, seconds since the epoch."""

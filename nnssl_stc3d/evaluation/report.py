@@ -14,7 +14,7 @@ from nnssl_stc3d.evaluation.report_figures import Overlay, dice_bars, finetuning
 from nnssl_stc3d.evaluation.training_log import Curves
 
 # Differences of the mean Dice below this are called none; repeats of one training differ by more than that.
-NEGLIGIBLE = 0.01
+NEGLIGIBLE = 0.03
 CaseDice = dict[str, dict[str, float]]
 
 

@@ -44,11 +44,10 @@ class Alice(PretrainMethod):
 
     def __init__(self, network: nn.Module, config: AliceConfig) -> None:
         super().__init__(network, config)
-        if config.view_shape is None or config.mask_block is None:
-            raise ValueError("view_shape and mask_block must be resolved first, got None; see Alice.resolve")
-        backbone = self.backbone = token_backbone(network, config.mask_block, config.view_shape)
+        block = config.resolved_mask_block
+        backbone = self.backbone = token_backbone(network, block, config.resolved_view_shape)
         # A mask may be made of blocks of several tokens.
-        self.tokens_per_block = tuple(m // b for m, b in zip(config.mask_block, backbone.block))
+        self.tokens_per_block = tuple(m // b for m, b in zip(block, backbone.block))
         channels = _input_channels(network)
         if config.decoder == "unet":
             if not isinstance(backbone, UNetBackbone):
@@ -115,11 +114,9 @@ class Alice(PretrainMethod):
     @classmethod
     def view_sampler(cls, config: AliceConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> CropPairSampler:
         """See :meth:`PretrainMethod.view_sampler`."""
-        if config.view_shape is None or config.mask_block is None:
-            raise ValueError("view_shape and mask_block must be resolved before sampling, got None")
-        z, y, x = (v // b for v, b in zip(config.view_shape, config.mask_block))
+        z, y, x = (v // b for v, b in zip(config.resolved_view_shape, config.resolved_mask_block))
         return CropPairSampler(
-            view_shape=config.view_shape,
+            view_shape=config.resolved_view_shape,
             spacing=tuple(spacing),
             in_plane=is_anisotropic(patch_size),
             mask_grid=(z, y, x),
@@ -153,7 +150,7 @@ class Alice(PretrainMethod):
         """See :meth:`PretrainMethod.forward`. ``batch.views``: ``(B, 4, C, Z, Y, X)``, online views, then targets."""
         config = self.config
         images, blocks = batch.views[:, :2].flatten(0, 1), batch.targets["masked"].flatten(0, 1)
-        mask = expand_mask(blocks, config.mask_block or ())[:, None]
+        mask = expand_mask(blocks, config.resolved_mask_block)[:, None]
         index = visible_tokens(expand_mask(blocks, self.tokens_per_block))
         encoded = self.backbone.encode(self._encoder(), images.masked_fill(mask, 0), index)
         decoded, prediction = self._decode(self._decoder(), encoded, index)

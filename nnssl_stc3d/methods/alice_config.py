@@ -121,6 +121,17 @@ class AliceConfig(PretrainConfig):
                     f"{width} must be a multiple of {heads}, got {getattr(self, width)} and {getattr(self, heads)}"
                 )
 
+    @property
+    def resolved_mask_block(self) -> tuple[int, int, int]:
+        """``mask_block``, once ``Alice.resolve`` has set it.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        if self.mask_block is None:
+            raise ValueError("mask_block must be resolved first, got None; see Alice.resolve")
+        return self.mask_block
+
     @classmethod
     def paper(cls) -> AliceConfig:
         """The paper: light decoder, normalised targets, cosine losses, strongly augmented target views."""

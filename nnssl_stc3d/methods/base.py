@@ -67,6 +67,17 @@ class PretrainConfig:
         if self.view_shape is not None and (len(self.view_shape) != 3 or min(self.view_shape) < 1):
             raise ValueError(f"view_shape must be three positive numbers (Z, Y, X) or None, got {self.view_shape}")
 
+    @property
+    def resolved_view_shape(self) -> tuple[int, int, int]:
+        """``view_shape``, once :meth:`PretrainMethod.resolve` has set it.
+
+        Raises:
+            ValueError: if it has not.
+        """
+        if self.view_shape is None:
+            raise ValueError("view_shape must be resolved first, got None; see PretrainMethod.resolve")
+        return self.view_shape
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain numbers, strings, lists and dictionaries."""
         return _plain(dataclasses.asdict(self))

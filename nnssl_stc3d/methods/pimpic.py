@@ -111,9 +111,7 @@ class PiMPiC(PretrainMethod):
         self.pim_stages, self.pic_stages = [], []
         if config.pim_weight > 0:
             self.pim_stages = _stages(strides, config.pim_strides, "pim_strides")
-            if config.view_shape is None:
-                raise ValueError("view_shape must be resolved before the method is built, got None")
-            cells = [prod(v // int(s) for v, s in zip(config.view_shape, strides[i])) for i in self.pim_stages]
+            cells = [prod(v // int(s) for v, s in zip(config.resolved_view_shape, strides[i])) for i in self.pim_stages]
             self.pim_projector = Projector(sum(cells), config.pim_hidden, config.projector_dim)
         if config.pic_weight > 0:
             self.pic_stages = _stages(strides, config.pic_strides, "pic_strides")
@@ -123,10 +121,8 @@ class PiMPiC(PretrainMethod):
     @classmethod
     def view_sampler(cls, config: PiMPiCConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> PatchSampler:
         """See :meth:`PretrainMethod.view_sampler`."""
-        if config.view_shape is None:
-            raise ValueError("view_shape must be resolved before sampling, got None")
         return PatchSampler(
-            view_shape=config.view_shape,
+            view_shape=config.resolved_view_shape,
             spacing=tuple(spacing),
             in_plane=is_anisotropic(patch_size),
             patches=config.patches,

@@ -134,10 +134,8 @@ class VoCo(PretrainMethod):
     @classmethod
     def view_sampler(cls, config: VoCoConfig, patch_size: Sequence[int], spacing: Sequence[float]) -> RegionSampler:
         """See :meth:`PretrainMethod.view_sampler`."""
-        if config.view_shape is None:
-            raise ValueError("view_shape must be resolved before sampling, got None")
         return RegionSampler(
-            view_shape=config.view_shape,
+            view_shape=config.resolved_view_shape,
             spacing=tuple(spacing),
             in_plane=config.in_plane or is_anisotropic(patch_size),
             grid=config.grid,

@@ -131,10 +131,8 @@ class Vox2Vec(PretrainMethod):
         cls, config: Vox2VecConfig, patch_size: Sequence[int], spacing: Sequence[float]
     ) -> PointPairSampler:
         """See :meth:`PretrainMethod.view_sampler`."""
-        if config.view_shape is None:
-            raise ValueError("view_shape must be resolved before sampling, got None")
         return PointPairSampler(
-            view_shape=config.view_shape,
+            view_shape=config.resolved_view_shape,
             spacing=tuple(spacing),
             in_plane=is_anisotropic(patch_size),
             pairs=config.pairs,

@@ -129,7 +129,8 @@ def test_report_does_without_overlays_views_and_validation(tmp_path):
 
 def test_a_loss_is_marked_as_one(tmp_path):
     path = tmp_path / "report.html"
-    write_report(make_comparison(tmp_path, scratch=PRETRAINED, pretrained=SCRATCH), path)
+    worse = {"a": {"liver": 0.65, "spleen": 0.1}, "b": {"liver": 0.45, "spleen": NAN}}
+    write_report(make_comparison(tmp_path, pretrained=worse), path)
     page = path.read_text()
     assert "Pretraining lost in this run" in page and '<td class="loss">-0.150</td>' in page
 
