@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nnssl_stc3d.data.body import BodyRule
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.embeddings import (
     EmbeddingRecord,
@@ -27,7 +28,6 @@ from nnssl_stc3d.data.embeddings import (
     remove_maps,
     write_map,
 )
-from nnssl_stc3d.data.guides import BodyRule
 from nnssl_stc3d.methods.base import PretrainConfig, PretrainMethod, config_from_dict
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.methods.vox2vec import Vox2Vec, Vox2VecConfig

@@ -19,9 +19,10 @@ from torch import autocast, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from nnssl_stc3d.data.body import BodyRule
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.embeddings import embedded_guides
-from nnssl_stc3d.data.guides import BodyRule, body_guides
+from nnssl_stc3d.data.guides import body_guides
 from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
 from nnssl_stc3d.methods.base import (
     EMBEDDINGS,

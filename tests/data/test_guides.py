@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from nnssl_stc3d.data import guides
+from nnssl_stc3d.data.body import BodyRule, body_mask, otsu_threshold
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.data.guides import BodyRule, body_guides, body_mask, guide_folder, otsu_threshold
+from nnssl_stc3d.data.guides import body_guides, guide_folder
 from nnssl_stc3d.prepare.phantom import PhantomConfig, generate_case
 
 MEAN, STD = 100.0, 80.0
