@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from torch import nn
 
@@ -172,3 +174,51 @@ def pretraining_checkpoint() -> Callable[..., dict[str, Any]]:
 def repository() -> Path:
     """Root of the repository that the tests lie in."""
     return Path(__file__).resolve().parents[1]
+
+
+def write_dicom_series(
+    folder: Path,
+    array: np.ndarray,
+    spacing: tuple[float, float, float] = (0.7, 0.8, 2.5),
+    origin: tuple[float, float, float] = (-10.5, 20.25, -300.0),
+    direction: tuple[float, ...] = (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    series: str = "1.2.826.0.1.1",
+    prefix: str = "s",
+    **tags: str,
+) -> list[Path]:
+    """Writes the slices of a volume (z, y, x) as one DICOM series; geometry in (x, y, z); `tags` as "0008_0060"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    matrix = np.array(direction, dtype=float).reshape(3, 3)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    files = []
+    for k in range(array.shape[0]):
+        image = sitk.GetImageFromArray(array[k : k + 1], isVector=array.ndim == 4)
+        image.SetSpacing(spacing)
+        position = np.array(origin) + matrix[:, 2] * spacing[2] * k
+        meta = {
+            "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
+            "0008|0018": f"{series}.{k + 1}",
+            "0008|0060": "CT",
+            "0018|0050": str(spacing[2]),
+            "0020|000d": "1.2.826.0.1",
+            "0020|000e": series,
+            "0020|0011": "3",
+            "0020|0013": str(k + 1),
+            "0020|0032": "\\".join(f"{v:.6f}" for v in position),
+            "0020|0037": "\\".join(f"{v:.8f}" for v in (*matrix[:, 0], *matrix[:, 1])),
+            **{key.replace("_", "|"): value for key, value in tags.items()},
+        }
+        for key, value in meta.items():
+            image.SetMetaData(key, value)
+        # The order of the names is not that of the positions.
+        files.append(folder / f"{prefix}{(7 * k) % array.shape[0]:03d}_{k:03d}.dcm")
+        writer.SetFileName(str(files[-1]))
+        writer.Execute(image)
+    return files
+
+
+@pytest.fixture
+def dicom_series() -> Callable[..., list[Path]]:
+    """Function ``(folder, array, spacing, origin, direction, series, prefix, **tags) -> files``."""
+    return write_dicom_series

@@ -15,6 +15,7 @@ from nnssl_stc3d import __version__
 COMMANDS = {
     "trainers": "print the folder for nnUNet_extTrainer",
     "doctor": "check the installation and print the fix for whatever is wrong",
+    "prepare": "make an nnU-Net dataset of a folder of scans without labels",
     "quickstart": "pretrain, finetune, predict and compare on a small example or on your data",
     "small-plans": "write plans that train in minutes on a CPU",
     "network-plans": "write plans that name another network, such as vox2vec's",

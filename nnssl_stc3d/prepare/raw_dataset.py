@@ -1,22 +1,22 @@
-"""Writes datasets in nnU-Net's raw format: cases, pseudo-labels for unlabelled images, dataset.json."""
+"""Writes datasets in nnU-Net's raw format: volumes, links, dataset.json; and the phantom datasets of the quickstart."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
-from scipy.ndimage import label as connected_components
 from tqdm import tqdm
 
+from nnssl_stc3d.prepare.case import BODY_LABELS
 from nnssl_stc3d.prepare.phantom import LABELS, PhantomCase, PhantomConfig, generate_case
 
 FILE_ENDING = ".nii.gz"
-BODY_LABELS = {"background": 0, "body": 1}
 
 
 def write_volume(path: Path, array: NDArray[Any], spacing: tuple[float, float, float]) -> None:
@@ -57,42 +57,47 @@ def write_dataset_json(
         "file_ending": file_ending,
         **extra,
     }
-    (folder / "dataset.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "dataset.json", content)
 
 
-def foreground_mask(channels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Mask of what is not the background around the subject, as pseudo-label for images without labels.
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file beside its place and moves it there, so that no reader sees half of it."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
-    nnU-Net cannot preprocess a dataset without labels, and takes its intensity statistics inside them. The mask is
-    the largest connected region above Otsu's threshold of the first channel; pretraining never looks at it.
+
+def link_file(source: Path, target: Path, how: str = "absolute", place: Path | None = None) -> bool:
+    """Links a file, or copies it where the system allows no links.
 
     Args:
-        channels: (C, Z, Y, X) image.
+        source: file that exists.
+        target: file to make; must not exist.
+        how: "absolute" or "relative" for what the link says, "copy" for a copy.
+        place: where the link will be moved to, if that is not `target`.
 
     Returns:
-        (Z, Y, X) uint8 mask with at least one voxel.
-
-    Raises:
-        ValueError: the first channel holds a single value or numbers that are not finite.
+        Whether it is a link.
     """
-    image = np.asarray(channels[0], dtype=np.float32)
-    if not np.isfinite(image).all():
-        raise ValueError(
-            f"The image has {int((~np.isfinite(image)).sum())} voxels that are NaN or infinite. Replace them "
-            f"before using it."
-        )
-    if image.min() == image.max():
-        raise ValueError(
-            f"Every voxel of the image is {image.flat[0]:g}: there is nothing to learn from. Leave the case out."
-        )
-    otsu = sitk.OtsuThreshold(sitk.GetImageFromArray(image), 0, 1)
-    mask = sitk.GetArrayFromImage(otsu).astype(bool)
-    if not mask.any():
-        mask = image > image.min()
-    regions, _ = connected_components(mask)
-    sizes = np.bincount(regions.ravel())
-    sizes[0] = 0
-    return np.asarray(regions == sizes.argmax(), dtype=np.uint8)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if how != "copy":
+        real = source.resolve()
+        folder = (place or target).parent.resolve()
+        try:
+            os.symlink(os.path.relpath(real, folder) if how == "relative" else real, target)
+            return True
+        except (OSError, NotImplementedError):
+            pass
+    part = target.with_name(f".part_{target.name}")
+    try:
+        shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return False
 
 
 def _write_cases(
@@ -123,7 +128,7 @@ def write_phantom_datasets(
     """Writes an unlabelled and a few-labelled phantom dataset that share no individual.
 
     Args:
-        unlabelled: folder of the first dataset; its labels are body masks (see `foreground_mask`).
+        unlabelled: folder of the first dataset; its labels are body masks.
         labelled: folder of the second dataset: imagesTr, labelsTr, imagesTs and labelsTs.
         num_unlabelled: cases of the first.
         num_labelled: training cases of the second.

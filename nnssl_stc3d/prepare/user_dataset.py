@@ -6,9 +6,7 @@ Nothing is written into the user's folder.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +19,9 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnssl_stc3d.prepare.raw_dataset import BODY_LABELS, foreground_mask, write_dataset_json
+from nnssl_stc3d.prepare.body_mask import foreground_mask
+from nnssl_stc3d.prepare.case import BODY_LABELS
+from nnssl_stc3d.prepare.raw_dataset import link_file, write_dataset_json
 
 MIN_CASES = 4
 # nnU-Net's five folds need five cases; one of them validates.
@@ -198,18 +198,9 @@ def split_cases(cases: Sequence[RawCase], seed: int = 0) -> Split:
     return Split(by_name(rest), by_name(rest[:FEW_LABELS]), by_name(order[:num_test]))
 
 
-def _link(source: Path, target: Path) -> None:
-    """Links a file, or copies it where the system allows no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.symlink(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _link_images(case: RawCase, folder: Path, ending: str) -> None:
     for channel, image in enumerate(case.images):
-        _link(image, folder / f"{case.name}_{channel:04d}{ending}")
+        link_file(image, folder / f"{case.name}_{channel:04d}{ending}")
 
 
 def write_split_datasets(dataset: RawDataset, split: Split, unlabelled: Path, labelled: Path) -> None:
@@ -230,19 +221,20 @@ def write_split_datasets(dataset: RawDataset, split: Split, unlabelled: Path, la
         for key, value in dataset.description.items()
         if key in ("regions_class_order", "overwrite_image_reader_writer")
     }
+    modality = str(dataset.description["channel_names"].get("0", "")).upper()
     for case in tqdm(split.pretraining, desc="body masks", unit="case"):
         _link_images(case, unlabelled / "imagesTr", ending)
         image, properties = reader.read_images([str(i) for i in case.images])
         (unlabelled / "labelsTr").mkdir(parents=True, exist_ok=True)
         try:
-            mask = foreground_mask(image)
+            mask = foreground_mask(image[0], modality)
         except ValueError as error:
             raise ValueError(f"{case.name} ({case.images[0]}): {error}") from error
         reader.write_seg(mask, str(unlabelled / "labelsTr" / f"{case.name}{ending}"), properties)
     for part, images, labels in ((split.labelled, "imagesTr", "labelsTr"), (split.test, "imagesTs", "labelsTs")):
         for case in part:
             _link_images(case, labelled / images, ending)
-            _link(case.label, labelled / labels / f"{case.name}{ending}")
+            link_file(case.label, labelled / labels / f"{case.name}{ending}")
     channels = dataset.description["channel_names"]
     reader_entry = {k: v for k, v in inherited.items() if k == "overwrite_image_reader_writer"}
     write_dataset_json(unlabelled, BODY_LABELS, channels, ending, len(split.pretraining), **reader_entry)

@@ -1,0 +1,73 @@
+"""Body masks of raw images, as pseudo-labels where there are no labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from nnssl_stc3d.data.body import BODY_HU, BodyRule, body_mask, otsu_threshold
+from nnssl_stc3d.prepare.checks import VolumeError
+
+# Above this number of voxels, components are found on a coarser grid and the surface is drawn on the fine one.
+_EXACT_VOXELS = 2**20
+
+
+def foreground_mask(image: NDArray[Any], modality: str = "", axial: int = 0) -> NDArray[np.uint8]:
+    """Mask of the body, without the air around it.
+
+    nnU-Net cannot preprocess a dataset without labels, and takes its intensity statistics inside them. The mask is the
+    largest connected region above -500 HU in CT that has air, and above Otsu's threshold elsewhere, with air inside
+    it filled (`nnssl_stc3d.data.body.body_mask`). In large images, regions are found on a coarser grid; the surface
+    is that of the full resolution.
+
+    Args:
+        image: (Z, Y, X) voxels.
+        modality: "CT" for Hounsfield units; anything else for other values.
+        axial: axis along which the scan cuts through the body, at whose ends lungs may be open.
+
+    Returns:
+        (Z, Y, X) uint8 mask with at least one voxel; all ones where no air can be told from the body.
+
+    Raises:
+        VolumeError: the image holds a single value or numbers that are not finite. It is a ValueError.
+    """
+    low, high = float(image.min()), float(image.max())
+    if not np.isfinite([low, high]).all():
+        count = int((~np.isfinite(image)).sum())
+        raise VolumeError("not-finite", f"The image has {count} voxels that are NaN or infinite. Replace them.")
+    if low == high:
+        raise VolumeError("constant", f"Every voxel of the image is {low:g}: there is nothing to learn from.")
+    step = int(np.ceil((image.size / _EXACT_VOXELS) ** (1 / 3)))
+    coarse = image if step == 1 else _shrunk(image, step)
+    # Values that are no Hounsfield units have no air at -1000.
+    fixed = modality == "CT" and low < BODY_HU
+    threshold = BODY_HU if fixed else otsu_threshold(coarse)
+    body, _ = body_mask(coarse, BodyRule("threshold" if fixed else "otsu", 0, threshold, (1.0, 1.0, 1.0), axial, ""))
+    if step == 1 or body.all():
+        return np.ones(image.shape, np.uint8) if body.all() else body.astype(np.uint8)
+    return _at_full_resolution(image, body, threshold, step)
+
+
+def _shrunk(image: NDArray[Any], step: int) -> NDArray[Any]:
+    """Means of blocks of `step` voxels along each axis; what does not fill a block at the end is left out."""
+    factors = [min(step, n) for n in image.shape[::-1]]
+    return sitk.GetArrayFromImage(sitk.BinShrink(sitk.GetImageFromArray(image), factors))
+
+
+def _at_full_resolution(image: NDArray[Any], body: NDArray[np.bool_], threshold: float, step: int) -> NDArray[np.uint8]:
+    """Draws the surface of a coarse mask: cells beside it are body where they exceed the threshold."""
+    inside = ndimage.binary_erosion(body, ndimage.generate_binary_structure(3, 3), border_value=1)
+    beside = ndimage.binary_dilation(body, ndimage.generate_binary_structure(3, 3)) & ~inside
+    cells = [np.minimum(np.arange(n) // min(step, n), c - 1) for n, c in zip(image.shape, body.shape)]
+    mask = np.empty(image.shape, np.uint8)
+    flat = np.ix_(cells[1], cells[2])
+    last = -1
+    for z, cell in enumerate(cells[0]):
+        if cell != last:
+            fill, edge, last = inside[cell][flat], beside[cell][flat], cell
+        mask[z] = fill | (edge & (image[z] > threshold))
+    return mask
