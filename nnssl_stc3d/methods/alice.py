@@ -125,7 +125,7 @@ class Alice(PretrainMethod):
             transforms=config.transforms,
             max_cycle=config.max_cycle,
             min_score=config.min_score,
-            search_mm=config.search_mm,
+            search=config.search,
             attempts=config.attempts,
         )
 

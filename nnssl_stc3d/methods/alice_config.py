@@ -49,8 +49,8 @@ class AliceConfig(PretrainConfig):
         transforms: of the target views.
         max_cycle: cells that a correspondence may be off after a round trip.
         min_score: smallest cosine of a correspondence.
-        search_mm: a correspondence lies within this distance of the same place in the box around the body; None looks
-            everywhere, for scans of different parts of the body.
+        search: a correspondence lies within this share of the box around the body from the same place in it; None
+            looks everywhere, for scans of different parts of the body.
         attempts: points that are tried before the place in the body decides.
     """
 
@@ -86,7 +86,7 @@ class AliceConfig(PretrainConfig):
     transforms: TransformRanges = field(default_factory=TransformRanges)
     max_cycle: float = 2.0
     min_score: float = 0.7
-    search_mm: float | None = 40.0
+    search: float | None = 0.1
     attempts: int = 32
 
     def __post_init__(self) -> None:
@@ -111,8 +111,8 @@ class AliceConfig(PretrainConfig):
         for name in ("ema_momentum", "centre_momentum", "teacher_temperature_warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.search_mm is not None:
-            positive(self, "search_mm")
+        if self.search is not None:
+            positive(self, "search")
         if self.mask_block is not None and (len(self.mask_block) != 3 or min(self.mask_block) < 1):
             raise ValueError(f"mask_block must be three positive numbers (Z, Y, X) or None, got {self.mask_block}")
         for width, heads in (("decoder_width", "decoder_heads"), ("head_dim", "casa_heads")):

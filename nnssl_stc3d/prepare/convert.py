@@ -105,7 +105,7 @@ def _convert(job: Job) -> CaseRecord:
     mask: NDArray[np.uint8] | None = None
     intensity, linked = [], []
     for index, (volume, channel) in enumerate(zip(case.channels, job.channels)):
-        image = _read(volume)
+        image, usable = _read(volume)
         header = Header.of(image)
         array = array_of(image)
         _refuse(header_problems(header, channel.modality, volume.id), job.accept)
@@ -118,7 +118,7 @@ def _convert(job: Job) -> CaseRecord:
             raise VolumeError("channels-differ", f"differs from the first channel: {difference}", volume.id)
         values = thinned(array)
         intensity.append(intensity_of(values if mask is None else values[thinned(mask) > 0]))
-        linked.append(_put(job, image_path(case, index, job.ending), volume, image, reference))
+        linked.append(_put(job, image_path(case, index, job.ending), volume, image, reference, usable))
     if reference is None:
         raise VolumeError("channels", "has no image", case.name)
     label = None
@@ -149,7 +149,7 @@ def _look(volume: Volume) -> Source:
         raise VolumeError("unreadable", f"cannot be opened: {error.strerror}", volume.id) from error
 
 
-def _read(volume: Volume) -> sitk.Image:
+def _read(volume: Volume) -> tuple[sitk.Image, bool]:
     """Reads a volume, with every failure as one of its own: the disk that is written to is not to blame."""
     try:
         return read_volume(volume)
@@ -159,11 +159,11 @@ def _read(volume: Volume) -> sitk.Image:
         raise VolumeError("unreadable", f"cannot be read ({error})"[:200], volume.id) from error
 
 
-def _put(job: Job, relative: str, volume: Volume, image: sitk.Image, reference: Header) -> bool:
+def _put(job: Job, relative: str, volume: Volume, image: sitk.Image, reference: Header, usable: bool) -> bool:
     """Links or writes an image; returns whether it is a link."""
     target = job.staging / relative
     same = _same_header(reference, Header.of(image))
-    if volume.link_ending == job.ending and same:
+    if usable and same and volume.link_ending == job.ending:
         target.unlink(missing_ok=True)
         return link_file(volume.files[0], target, job.links, job.final / relative)
     write_image(image if same else _with_geometry(image, reference), target)
@@ -172,7 +172,7 @@ def _put(job: Job, relative: str, volume: Volume, image: sitk.Image, reference: 
 
 def _put_label(job: Job, volume: Volume, reference: Header) -> None:
     case = job.case
-    image = _read(volume)
+    image, usable = _read(volume)
     if difference := geometry_difference(reference, Header.of(image)):
         raise VolumeError("label", f"the segmentation differs from the image: {difference}", volume.id)
     array = array_of(image)
@@ -180,7 +180,7 @@ def _put_label(job: Job, volume: Volume, reference: Header) -> None:
     if not np.array_equal(values, np.rint(values)) or values[0] < 0:
         raise VolumeError("label", "the segmentation has values that are no whole numbers from 0 on", volume.id)
     if case.label_values is None:
-        _put(job, label_path(case, job.ending), volume, _integers(image, int(values[-1])), reference)
+        _put(job, label_path(case, job.ending), volume, _integers(image, int(values[-1])), reference, usable)
         return
     unknown = [int(v) for v in values if int(v) not in case.label_values]
     if unknown:

@@ -292,7 +292,7 @@ def _look(
     intensity, problems = [], []
     for found, channel in zip(case.found, channels):
         try:
-            image = read_volume(found.volume)
+            image, _ = read_volume(found.volume)
         except VolumeError as error:
             problems.append(error.problem)
             continue

@@ -46,8 +46,11 @@ def array_of(image: sitk.Image) -> NDArray[Any]:
     return sitk.GetArrayViewFromImage(image)
 
 
-def read_volume(volume: Volume) -> sitk.Image:
+def read_volume(volume: Volume) -> tuple[sitk.Image, bool]:
     """Reads a volume as three-dimensional scalar image of at most 32 bits.
+
+    Returns:
+        The image, and whether its file has three dimensions, so that it could be used as it is.
 
     Raises:
         VolumeError: it cannot be read or is something else.
@@ -56,11 +59,12 @@ def read_volume(volume: Volume) -> sitk.Image:
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise VolumeError("colour", f"has {image.GetNumberOfComponentsPerPixel()} values per voxel", volume.id)
     size: Sequence[int] = image.GetSize()
-    if len(size) == 4 and size[3] == 1:
+    flat = len(size) == 4 and size[3] == 1
+    if flat:
         image = sitk.Extract(image, [*size[:3], 0], [0, 0, 0, 0])
     if image.GetDimension() != 3:
         code = "2d" if image.GetDimension() < 3 else "4d"
         raise VolumeError(code, f"has {image.GetDimension()} dimensions, expected 3", volume.id)
     if wide := _WIDE.get(image.GetPixelID()):
         image = sitk.Cast(image, wide)
-    return image
+    return image, not flat

@@ -9,6 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl_stc3d.training.preflight import check_environment
 from nnssl_stc3d.training.schedule import WarmupSchedule
+from nnssl_stc3d.transfer.adapt import Adaptation
 from nnssl_stc3d.transfer.load import use_reporting_loader
 
 
@@ -16,7 +17,8 @@ class FinetuneTrainer(nnUNetTrainer):
     """nnU-Net's trainer with another optimiser; ``-pretrained_weights`` is loaded strictly and with a report.
 
     Patch and batch size come from the plans (the paper's are 96^3 and 1). Without ``-pretrained_weights`` it trains
-    from scratch under the same schedule: the matched baseline.
+    from scratch under the same schedule: the matched baseline. ``NNSSL_STC3D_ADAPT`` says what may be changed about
+    weights that do not fit.
     """
 
     learning_rate = 3e-4
@@ -35,6 +37,7 @@ class FinetuneTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ) -> None:
         check_environment()
+        self.adapt = Adaptation.from_environment(os.environ)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.learning_rate
         self.weight_decay = self.decay
@@ -47,7 +50,7 @@ class FinetuneTrainer(nnUNetTrainer):
     def initialize(self) -> None:
         """Build the network; nnU-Net loads ``-pretrained_weights`` right afterwards, through our loader."""
         super().initialize()
-        use_reporting_loader(self.plans_manager.plans, self.configuration_name, self.print_to_log_file)
+        use_reporting_loader(self.plans_manager.plans, self.configuration_name, self.print_to_log_file, self.adapt)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupSchedule]:
         """AdamW and a schedule that changes the learning rate at every step."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from nnssl_stc3d.transfer.adapt import ADAPT_VARIABLE, UNETS, Adaptation
 from nnssl_stc3d.transfer.adaptation_plan import resolve_configuration
 
 # Differences in these make the weights useless or meaningless even where all shapes agree.
@@ -18,6 +19,7 @@ ARCHITECTURE = (
     "convolutions per stage",
 )
 DECODER = ("decoder convolutions per stage",)
+ADAPTABLE = ("stages", "features per stage", "kernel sizes", "strides", "convolutions per stage", *DECODER)
 
 
 class Difference(NamedTuple):
@@ -101,23 +103,54 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
     return {name: _normalised(value) for name, value in described.items()}
 
 
-def compare(source: dict[str, Any], target: dict[str, Any], *, with_decoder: bool) -> list[Difference]:
+def compare(
+    source: dict[str, Any], target: dict[str, Any], *, with_decoder: bool, adapt: Adaptation | None = None
+) -> list[Difference]:
     """Compares two descriptions.
 
     Args:
         source: Description of the pretrained network.
         target: Description of the network that shall get the weights.
         with_decoder: Whether the decoder is transferred too.
+        adapt: What may be adapted, and is then no obstacle.
 
     Returns:
         The properties that both name and that differ.
     """
     fatal = ARCHITECTURE + (DECODER if with_decoder else ())
+    tolerated = _Tolerance(source, target, adapt or Adaptation())
     return [
-        Difference(name, value, target[name], name in fatal)
+        Difference(name, value, target[name], name in fatal and not tolerated.allows(name, value, target[name]))
         for name, value in source.items()
         if name in target and target[name] != value and (name not in DECODER or with_decoder)
     ]
+
+
+class _Tolerance:
+    """Which differences of two descriptions an adaptation bridges."""
+
+    def __init__(self, source: dict[str, Any], target: dict[str, Any], adapt: Adaptation) -> None:
+        classes = {described.get("architecture class") for described in (source, target)}
+        depths = [described["stages"] for described in (source, target) if "stages" in described]
+        known = len(classes) == 1 and classes <= set(UNETS) and len(depths) == 2
+        # Stages that both have; without depth, all of each.
+        self.common = min(depths) if adapt.depth and known else None
+        self.kernels = adapt.kernels
+
+    def allows(self, name: str, source: Any, target: Any) -> bool:
+        if name == "stages":
+            return self.common is not None
+        if not (isinstance(source, list) and isinstance(target, list)):
+            return False
+        if self.common is not None:
+            if name in DECODER:
+                # Listed from the lowest resolution; the level above the shallower bottleneck is not transferred.
+                kept = self.common - 2
+                return not kept or source[-kept:] == target[-kept:]
+            source, target = source[: self.common], target[: self.common]
+        if source == target:
+            return True
+        return name == "kernel sizes" and self.kernels and len(source) == len(target)
 
 
 def commands_to_align(
@@ -128,26 +161,104 @@ def commands_to_align(
     Args:
         source: Plans of the pretraining, if known.
         target: Plans of the downstream network, if known.
-        weights: The checkpoint, as it shall appear in the last command.
+        weights: The checkpoint, as it shall appear in the commands.
 
     Returns:
         Command lines; names that are not known appear in capitals.
     """
-    source_dataset = source.plans.get("dataset_name", "PRETRAINING_DATASET") if source else "PRETRAINING_DATASET"
-    source_plans = source.plans.get("plans_name", "PRETRAINING_PLANS") if source else "PRETRAINING_PLANS"
-    configuration = source.configuration if source else "CONFIGURATION"
-    target_dataset = target.plans.get("dataset_name", "TARGET_DATASET") if target else "TARGET_DATASET"
-    number = _dataset_id(target_dataset)
-    plans = source_plans if source_dataset == target_dataset else f"{source_plans}_{source_dataset.split('_')[0]}"
-    align = [
-        f"nnUNetv2_move_plans_between_datasets -s {source_dataset} -t {target_dataset} -sp {source_plans} -tp {plans}",
-        f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}",
-    ]
-    train = f"nnUNetv2_train {number} {configuration} FOLD -p {plans}"
+    names = _names(source, target)
+    plans = names.plans
+    lines = []
+    if names.source != names.target:
+        plans = aligned_name(names.plans, names.source)
+        lines = [
+            f"nnssl_stc3d align-plans --to pretraining --checkpoint {weights} --target {names.number}",
+            f"nnUNetv2_preprocess -d {names.number} -plans_name {plans} -c {names.configuration}",
+        ]
     return [
-        *(align if plans != source_plans else []),
-        f"{train} -tr STC3DFinetuneTrainer -pretrained_weights {weights}",
+        *lines,
+        f"nnUNetv2_train {names.number} {names.configuration} FOLD -p {plans} -tr STC3DFinetuneTrainer "
+        f"-pretrained_weights {weights}",
     ]
+
+
+def explain_mismatch(
+    weights: str,
+    source: PlansReference | None,
+    target: PlansReference | None,
+    differences: list[Difference],
+    problems: list[str],
+    option: str | None,
+) -> str:
+    """Says in words why weights do not fit, and which command resolves each difference.
+
+    Args:
+        weights: The checkpoint, as it shall appear in the commands.
+        source: Plans of the pretraining, if known.
+        target: Plans of the downstream network, if known.
+        differences: Between the two.
+        problems: What does not fit besides, in words.
+        option: Value of ``NNSSL_STC3D_ADAPT`` with which the weights would fit; None if nothing helps.
+
+    Returns:
+        Several lines.
+    """
+    names = _names(source, target)
+    known = source is not None and target is not None and names.source != names.target
+    lines = [f"The pretrained weights of {weights} do not fit this network."]
+    lines += [f"  {difference} ({_ways(difference, known, option)})" for difference in differences]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        lines.append(f"  {'; '.join(problems[:3])}{more}")
+    lines.append("1. Give your dataset the plans of the pretraining, then train with them:")
+    commands = commands_to_align(source, target, weights)
+    lines += [f"     {command}" for command in commands]
+    if known and target:
+        lines.append("2. Or pretrain again, with the plans of your dataset:")
+        lines.append(
+            f"     nnssl_stc3d align-plans --pretrain {_dataset_id(names.source)} --target {names.number} "
+            f"-p {target.plans.get('plans_name')} -c {target.configuration}"
+        )
+    if option and target:
+        lines.append("3. Or adapt the weights (documentation/aligning_plans.md says what is lost):")
+        lines.append(
+            f"     {ADAPT_VARIABLE}={option} nnUNetv2_train {names.number} {target.configuration} FOLD "
+            f"-p {target.plans.get('plans_name')} -tr STC3DFinetuneTrainer -pretrained_weights {weights}"
+        )
+    return "\n".join(lines)
+
+
+def _ways(difference: Difference, known: bool, option: str | None) -> str:
+    """Numbers of the ways of :func:`explain_mismatch` that resolve a difference."""
+    ways = ["1", *(["2"] if known else []), *(["3"] if option and difference.name in ADAPTABLE else [])]
+    return f"resolved by {' or '.join(ways)}"
+
+
+def aligned_name(plans: str, dataset: str) -> str:
+    """Name of the plans of one dataset where another dataset uses them."""
+    return f"{plans}_{dataset.split('_')[0]}"
+
+
+class _Names(NamedTuple):
+    """What commands are filled in with."""
+
+    source: str
+    target: str
+    plans: str
+    configuration: str
+
+    @property
+    def number(self) -> str:
+        return _dataset_id(self.target)
+
+
+def _names(source: PlansReference | None, target: PlansReference | None) -> _Names:
+    return _Names(
+        source.plans.get("dataset_name", "PRETRAINING_DATASET") if source else "PRETRAINING_DATASET",
+        target.plans.get("dataset_name", "TARGET_DATASET") if target else "TARGET_DATASET",
+        source.plans.get("plans_name", "PRETRAINING_PLANS") if source else "PRETRAINING_PLANS",
+        source.configuration if source else "CONFIGURATION",
+    )
 
 
 def _dataset_id(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnssl_stc3d.transfer.adapt import adapt_input_channels
 from nnssl_stc3d.transfer.checkpoint import (
     SAFETENSORS_SUFFIX,
     is_pretraining,
@@ -20,7 +21,6 @@ from nnssl_stc3d.transfer.checkpoint import (
     write_atomically,
 )
 from nnssl_stc3d.transfer.differences import PlansReference, plans_of_checkpoint
-from nnssl_stc3d.transfer.load import adapt_input_channels
 
 STOCK_TRAINER = "nnUNetTrainer"
 FINAL_CHECKPOINT = "checkpoint_final.pth"

@@ -6,12 +6,21 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnssl_stc3d.transfer.adapt import (
+    UNETS,
+    Adaptation,
+    adapt_depth,
+    adapt_input_channels,
+    adapt_kernel,
+    common_levels,
+    encoder_stages,
+)
 from nnssl_stc3d.transfer.adaptation_plan import unwrap
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint
 from nnssl_stc3d.transfer.differences import (
@@ -21,6 +30,7 @@ from nnssl_stc3d.transfer.differences import (
     compare,
     describe_network,
     describe_plans,
+    explain_mismatch,
     plans_of_checkpoint,
 )
 
@@ -40,6 +50,7 @@ class TransferReport:
         adapted: Names of the tensors that were changed to fit, and how.
         fresh: Names of the tensors that keep their own values.
         warnings: What the user should know although the transfer worked.
+        commands: What makes the plans agree, if they do not.
     """
 
     source: str
@@ -48,6 +59,7 @@ class TransferReport:
     adapted: dict[str, str]
     fresh: tuple[str, ...]
     warnings: tuple[str, ...]
+    commands: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -55,11 +67,16 @@ class TransferReport:
             f"  {len(self.loaded)} tensors loaded, {len(self.adapted)} adapted, {len(self.fresh)} fresh; "
             "compared afterwards: equal",
         ]
-        lines += [f"  adapted: {name}: {how}" for name, how in self.adapted.items()]
+        for how in dict.fromkeys(self.adapted.values()):
+            first, *more = [name for name, other in self.adapted.items() if other == how]
+            lines.append(f"  adapted: {first}{f' and {len(more)} more' if more else ''}: {how}")
         if self.fresh:
             modules = sorted({".".join(name.split(".")[:2]) for name in self.fresh})
             lines.append(f"  fresh: {', '.join(modules)}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
+        if self.commands:
+            lines.append("  to make them agree, if that was not intended:")
+            lines += [f"    {command}" for command in self.commands]
         return "\n".join(lines)
 
 
@@ -68,18 +85,21 @@ def load_pretrained(
     checkpoint_or_path: dict[str, Any] | str | os.PathLike[str],
     target_plans: dict[str, Any] | None = None,
     target_configuration: str | None = None,
+    adapt: Adaptation | None = None,
 ) -> TransferReport:
     """Loads pretrained weights into a U-Net, or leaves it untouched and says why not.
 
     A pretraining checkpoint says which parts of the network it trained; only those are taken. Of any other nnU-Net
     checkpoint everything but the segmentation layers is. Nothing that is transferred may be missing or have another
-    shape, except for the number of input channels, to which the first convolution is adapted.
+    shape, except for the number of input channels, to which the first convolution is adapted, and for what ``adapt``
+    allows.
 
     Args:
         network: The network to fill, possibly wrapped by DistributedDataParallel or ``torch.compile``.
         checkpoint_or_path: The checkpoint or its file.
         target_plans: Plans that the network was built from; without them, fewer differences can be named.
         target_configuration: Configuration of those plans.
+        adapt: What may be changed about the weights so that they fit.
 
     Returns:
         What happened to each tensor.
@@ -98,11 +118,15 @@ def load_pretrained(
     parts = _transferred_parts(checkpoint, network)
     target = PlansReference(target_plans, target_configuration) if target_plans and target_configuration else None
 
-    values, adapted, problems = _match(network, groups, weights, parts)
-    differences = _differences(checkpoint, target, network, with_decoder="decoder" in parts)
-    if problems or any(difference.fatal for difference in differences):
-        raise ValueError(_explain_mismatch(name, checkpoint, target, differences, problems))
+    adapt = adapt or Adaptation()
+    matched = _match(network, groups, weights, parts, adapt)
+    differences = _differences(checkpoint, target, network, adapt, with_decoder="decoder" in parts)
+    if not _fits(matched, differences):
+        option = _option_that_helps(network, groups, weights, parts, checkpoint, target)
+        source = plans_of_checkpoint(checkpoint)
+        raise ValueError(explain_mismatch(name, source, target, differences, matched.problems, option))
 
+    values, adapted = matched.values, matched.adapted
     state = network.state_dict(keep_vars=True)
     with torch.no_grad():
         for key, value in values.items():
@@ -117,6 +141,7 @@ def load_pretrained(
         warnings=tuple(
             [str(difference) for difference in differences] + _conflicting_duplicates(groups, weights, values)
         ),
+        commands=tuple(commands_to_align(plans_of_checkpoint(checkpoint), target, name)) if differences else (),
     )
 
 
@@ -137,26 +162,11 @@ def tensor_groups(network: nn.Module) -> list[list[str]]:
     return [sorted(names, key=lambda name: name.startswith(ENCODER_IN_DECODER)) for names in groups.values()]
 
 
-def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Changes the number of input channels of a convolution while keeping its response to equal channels.
-
-    Args:
-        weight: (out, in, ...) weights of the convolution.
-        channels: Number of input channels wanted.
-
-    Returns:
-        (out, channels, ...). With more channels, the given ones are repeated in turn and divided by how often each was
-        repeated; with fewer, each gets an equal share of their sum.
-    """
-    if channels < weight.shape[1]:
-        return weight.sum(1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
-    index = torch.arange(channels, device=weight.device) % weight.shape[1]
-    repeats = torch.bincount(index)[index].to(weight.dtype)
-    return weight[:, index] / repeats.reshape(1, -1, *[1] * (weight.ndim - 2))
-
-
 def use_reporting_loader(
-    plans: dict[str, Any], configuration: str, log: Callable[[str], object] = print
+    plans: dict[str, Any],
+    configuration: str,
+    log: Callable[[str], object] = print,
+    adapt: Adaptation | None = None,
 ) -> Callable[..., None] | None:
     """Makes the next ``nnUNetv2_train -pretrained_weights`` of this process load through ``load_pretrained``.
 
@@ -168,6 +178,7 @@ def use_reporting_loader(
         plans: Plans of the network that is being trained.
         configuration: Configuration of those plans.
         log: Where the report goes, for example the trainer's ``print_to_log_file``.
+        adapt: What may be changed about the weights so that they fit.
 
     Returns:
         The loader that was put in place, or None.
@@ -181,7 +192,7 @@ def use_reporting_loader(
     def load(network: nn.Module, fname: str, verbose: bool = False) -> None:
         for module in modules:
             setattr(module, LOADER_NAME, original)
-        report = load_pretrained(network, fname, plans, configuration)
+        report = load_pretrained(network, fname, plans, configuration, adapt)
         if not dist.is_initialized() or dist.get_rank() == 0:
             log(str(report))
 
@@ -219,71 +230,118 @@ def _transferred_parts(checkpoint: dict[str, Any], network: nn.Module) -> tuple[
     return parts
 
 
+class _Matched(NamedTuple):
+    """The value of each tensor, what was adapted and how, and what does not fit, in words."""
+
+    values: dict[str, Tensor]
+    adapted: dict[str, str]
+    problems: list[str]
+
+
 def _match(
-    network: nn.Module, groups: list[list[str]], weights: dict[str, Tensor], parts: tuple[str, ...]
-) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Finds the value of each tensor; returns the values, the adaptations and what does not fit, in words."""
+    network: nn.Module,
+    groups: list[list[str]],
+    weights: dict[str, Tensor],
+    parts: tuple[str, ...],
+    adapt: Adaptation,
+) -> _Matched:
+    """Finds the value of each tensor."""
     state = network.state_dict()
     in_projections = {f"{key}.weight" for key in getattr(network, "keys_to_in_proj", ())}
-    values: dict[str, Tensor] = {}
-    adapted: dict[str, str] = {}
-    problems: list[str] = []
+    here, there = encoder_stages(state), encoder_stages(weights)
+    other_depth = adapt.depth and type(network).__name__ in UNETS and here != there and bool(there)
+    if other_depth:
+        weights = adapt_depth(weights, here)
+    matched = _Matched({}, {}, [])
     for names in groups:
         key, own = names[0], state[names[0]]
         if key.split(".")[0] not in parts or SEGMENTATION_LAYERS in key:
             continue
+        if other_depth and not common_levels(key, here, there):
+            continue
         value = next((weights[name] for name in names if name in weights), None)
         if value is None:
-            problems.append(f"{key} is missing in the checkpoint")
-            continue
-        if not torch.isfinite(value).all():
-            problems.append(f"{key} holds NaN or infinite values in the checkpoint")
+            matched.problems.append(f"{key} is missing in the checkpoint")
+        elif not torch.isfinite(value).all():
+            matched.problems.append(f"{key} holds NaN or infinite values in the checkpoint")
         elif value.shape == own.shape:
-            values[key] = value
-        elif in_projections & set(names) and value.shape[:1] + value.shape[2:] == own.shape[:1] + own.shape[2:]:
-            values[key] = adapt_input_channels(value, own.shape[1])
-            adapted[key] = _adaptation(value.shape[1], own.shape[1])
+            matched.values[key] = value
+        elif adapt.stem == "fresh" and in_projections & set(names) and value.shape[1] != own.shape[1]:
+            continue
+        elif (changed := _adapt(value, own, adapt, bool(in_projections & set(names)))) is not None:
+            matched.values[key], matched.adapted[key] = changed
         else:
-            problems.append(f"{key} has shape {tuple(value.shape)} in the checkpoint, {tuple(own.shape)} here")
-    known = set(state)
-    problems += [
+            matched.problems.append(f"{key} has shape {tuple(value.shape)} in the checkpoint, {tuple(own.shape)} here")
+    matched.problems.extend(
         f"{key} is in the checkpoint, but not in this network"
         for key in weights
-        if key.split(".")[0] in parts and key not in known and SEGMENTATION_LAYERS not in key
-    ]
-    return values, adapted, problems
+        if key.split(".")[0] in parts and key not in state and SEGMENTATION_LAYERS not in key
+    )
+    return matched
 
 
-def _adaptation(source: int, target: int) -> str:
-    how = f"repeated and divided by {target / source:g}" if target > source else "summed and shared out"
+def _adapt(value: Tensor, own: Tensor, adapt: Adaptation, is_stem: bool) -> tuple[Tensor, str] | None:
+    """Makes a convolution's weights fit; returns them and how, or None where that is impossible or not allowed."""
+    if value.ndim != own.ndim or value.ndim < 3 or value.shape[0] != own.shape[0]:
+        return None
+    how = []
+    if value.shape[1] != own.shape[1]:
+        if not is_stem:
+            return None
+        how.append(_stem_words(value.shape[1], own.shape[1], adapt.stem))
+        value = adapt_input_channels(value, own.shape[1], adapt.stem)
+    if value.shape != own.shape:
+        changed = adapt_kernel(value, tuple(own.shape[2:])) if adapt.kernels else None
+        if changed is None:
+            return None
+        old, new = ("x".join(map(str, weight.shape[2:])) for weight in (value, own))
+        how.append(f"kernel {old} -> {new}, {'summed' if changed.numel() < value.numel() else 'centred'}")
+        value = changed
+    return value, "; ".join(how)
+
+
+def _stem_words(source: int, target: int, stem: str) -> str:
+    if stem == "copied":
+        how = "repeated as they are" if target > source else f"the first {target} copied"
+    else:
+        how = f"repeated and divided by {target / source:g}" if target > source else "summed and shared out"
     return f"{source} -> {target} input channels, {how}"
 
 
+def _fits(matched: _Matched, differences: list[Difference]) -> bool:
+    return not matched.problems and not any(difference.fatal for difference in differences)
+
+
+def _option_that_helps(
+    network: nn.Module,
+    groups: list[list[str]],
+    weights: dict[str, Tensor],
+    parts: tuple[str, ...],
+    checkpoint: dict[str, Any],
+    target: PlansReference | None,
+) -> str | None:
+    """Finds what would have to be adapted, as the user would ask for it; None if nothing helps."""
+    for words in (("depth",), ("kernels",), ("depth", "kernels")):
+        adapt = Adaptation(depth="depth" in words, kernels="kernels" in words)
+        differences = _differences(checkpoint, target, network, adapt, with_decoder="decoder" in parts)
+        if _fits(_match(network, groups, weights, parts, adapt), differences):
+            return ",".join(words)
+    return None
+
+
 def _differences(
-    checkpoint: dict[str, Any], target: PlansReference | None, network: nn.Module, *, with_decoder: bool
+    checkpoint: dict[str, Any],
+    target: PlansReference | None,
+    network: nn.Module,
+    adapt: Adaptation,
+    *,
+    with_decoder: bool,
 ) -> list[Difference]:
     source = plans_of_checkpoint(checkpoint)
     if source is None:
         return []
     described = describe_plans(target) if target else describe_network(network)
-    return compare(describe_plans(source), described, with_decoder=with_decoder)
-
-
-def _explain_mismatch(
-    name: str,
-    checkpoint: dict[str, Any],
-    target: PlansReference | None,
-    differences: list[Difference],
-    problems: list[str],
-) -> str:
-    lines = [f"The pretrained weights of {name} do not fit this network."]
-    lines += [f"  {difference}" for difference in differences]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        lines.append(f"  {'; '.join(problems[:3])}{more}")
-    lines.append("Give your dataset the plans of the pretraining, then train with them:")
-    lines += [f"  {command}" for command in commands_to_align(plans_of_checkpoint(checkpoint), target, name)]
-    return "\n".join(lines)
+    return compare(describe_plans(source), described, with_decoder=with_decoder, adapt=adapt)
 
 
 def _prove_equality(network: nn.Module, groups: list[list[str]], values: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ def match_cells(
     cells: np.ndarray,
     max_cycle: float,
     min_score: float,
-    search: np.ndarray | None = None,
+    search: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the most similar cells of another volume and keep those that find their way back.
 
@@ -29,8 +29,8 @@ def match_cells(
         cells: ``(T, 3)`` indices of cells of the query.
         max_cycle: largest distance, in cells, between a cell and the match of its match.
         min_score: smallest cosine.
-        search: ``(3,)`` voxels, half axes of an ellipsoid around the same place in the other body in which matches are
-            looked for, there and back; None looks everywhere.
+        search: half axes of an ellipsoid around the same place in the other body in which matches are looked for, there
+            and back, as a share of the box around that body; None looks everywhere.
 
     Returns:
         ``(T, 3)`` cells of the key and ``(T,)`` bool, the match is accepted.
@@ -71,16 +71,14 @@ def cell_centers(guide: Guide, cells: np.ndarray) -> np.ndarray:
     return (cells + 0.5) * np.asarray(guide.cell) - 0.5
 
 
-def _most_similar(
-    query: Guide, cells: np.ndarray, key: Guide, search: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _most_similar(query: Guide, cells: np.ndarray, key: Guide, search: float | None) -> tuple[np.ndarray, np.ndarray]:
     """The cells of the key's body that are most similar to some cells of the query.
 
     Args:
         query: with features ``(D, z, y, x)`` of length 1.
         cells: ``(T, 3)`` of the query.
         key: with features ``(D, z, y, x)`` of length 1.
-        search: ``(3,)`` voxels around the same place in the body, or None.
+        search: share of the box around the key's body, or None.
 
     Returns:
         ``(T, 3)`` cells and ``(T,)`` cosines, -inf where no cell lies within reach.
@@ -90,7 +88,10 @@ def _most_similar(
     if search is None:
         return _most_similar_anywhere(vectors, key)
     places = match_points_by_body(query, key, cell_centers(query, cells))
-    found = [_most_similar_around(vector, key, place, search) for vector, place in zip(vectors, places)]
+    lower, upper = body_box(key)
+    # The place itself is rounded to a cell, so less than a cell could not find anything.
+    radius = np.maximum(search * (upper - lower), key.cell)
+    found = [_most_similar_around(vector, key, place, radius) for vector, place in zip(vectors, places)]
     return np.stack([cell for cell, _ in found]), np.array([score for _, score in found])
 
 

@@ -46,7 +46,7 @@ class CropPairSampler(ViewSampler):
         transforms: of the target views.
         max_cycle: cells that the match of a match may lie away from its start.
         min_score: smallest cosine of a match.
-        search_mm: a match lies within this distance of the same place in the box around the body; None looks
+        search: a match lies within this share of the box around the body from the same place in it; None looks
             everywhere.
         attempts: points that are tried before the place in the body decides.
     """
@@ -60,7 +60,7 @@ class CropPairSampler(ViewSampler):
     transforms: TransformRanges = field(default_factory=TransformRanges)
     max_cycle: float = 2.0
     min_score: float = 0.7
-    search_mm: float | None = 40.0
+    search: float | None = 0.1
     attempts: int = 32
     n_sources: int = 2
     n_views: int = 4
@@ -109,11 +109,10 @@ class CropPairSampler(ViewSampler):
     ) -> tuple[np.ndarray, bool]:  # fmt: skip
         """Corresponding points ``(2, 3)`` in voxels of query and key, and whether features decided."""
         body = np.argwhere(query.body if query.body.any() else np.ones_like(query.body))
-        search = None if self.search_mm is None else self.search_mm / np.asarray(self.spacing, dtype=float)
         if query.features is not None and key.features is not None:
             for start in range(0, self.attempts, _CANDIDATES_AT_ONCE):
                 cells = body[rng.integers(len(body), size=min(_CANDIDATES_AT_ONCE, self.attempts - start))]
-                matches, accepted = match_cells(query, key, cells, self.max_cycle, self.min_score, search)
+                matches, accepted = match_cells(query, key, cells, self.max_cycle, self.min_score, self.search)
                 if accepted.any():
                     first = int(accepted.argmax())
                     within = rng.uniform(-0.5, 0.5, size=3) * np.asarray(query.cell)

@@ -29,7 +29,7 @@ from nnssl_stc3d.views.samplers import TransformRanges
         ({"dv_weight": -1}, "dv_weight must not be negative, got -1"),
         ({"ema_momentum": 1.1}, r"ema_momentum must lie in \[0, 1\], got 1.1"),
         ({"teacher_temperature": 0}, "teacher_temperature must be positive, got 0"),
-        ({"search_mm": 0}, "search_mm must be positive, got 0"),
+        ({"search": 0}, "search must be positive, got 0"),
         ({"attempts": 0}, "attempts must be positive, got 0"),
         ({"decoder_width": 20, "decoder_heads": 8}, "decoder_width must be a multiple of decoder_heads, got 20 and 8"),
         ({"head_dim": 12}, "head_dim must be a multiple of casa_heads, got 12 and 8"),
@@ -49,7 +49,7 @@ def test_options_are_checked(values, message):
         AliceConfig(),
         AliceConfig.paper(),
         AliceConfig.official(),
-        AliceConfig(mask_block=(4, 8, 8), transforms=TransformRanges(scaling=(0.5, 1.0)), search_mm=None),
+        AliceConfig(mask_block=(4, 8, 8), transforms=TransformRanges(scaling=(0.5, 1.0)), search=None),
     ],
 )
 def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnssl_stc3d.prepare.dicom import SeriesVolume, is_dicom, read_slice
+from nnssl_stc3d.prepare.dicom import SeriesVolume, is_dicom, read_slice, stack
 from nnssl_stc3d.prepare.find import find_volumes
 
 SPACING, ORIGIN = (0.7, 0.8, 2.5), (-10.5, 20.25, -300.0)
@@ -131,8 +133,9 @@ def test_a_tilted_gantry(tmp_path, dicom_series, ct):
 
 
 def test_slices_without_position(tmp_path, dicom_series, ct):
-    dicom_series(tmp_path, ct(), **{"0020_0032": "nothing"})
-    assert codes(tmp_path) in (["unreadable"], ["duplicate-slices"])
+    slices = [replace(read_slice(file), position=None) for file in dicom_series(tmp_path, ct())]
+    _, header, (problem,) = stack(slices, alone=True)
+    assert header is None and problem.code == "unreadable" and "0020,0032" in problem.message
 
 
 def test_files_that_are_no_images(tmp_path, dicom_series, ct):

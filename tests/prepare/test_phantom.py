@@ -10,7 +10,7 @@ import SimpleITK as sitk
 from scipy.ndimage import label as components
 
 from nnssl_stc3d.prepare.phantom import LABELS, PhantomConfig, generate_case
-from nnssl_stc3d.prepare.raw_dataset import foreground_mask, write_phantom_datasets
+from nnssl_stc3d.prepare.raw_dataset import write_phantom_datasets
 
 ORGANS = {name: value for name, value in LABELS.items() if value}
 SEEDS = range(12)
@@ -119,15 +119,3 @@ def test_datasets_are_in_nnunet_format_and_share_no_individual(tmp_path):
         assert set(np.unique(sitk.GetArrayFromImage(label))) == {0, 1}
     with pytest.raises(ValueError, match="got 0 unlabelled"):
         write_phantom_datasets(unlabelled, labelled, 0, 1, 1)
-
-
-def test_foreground_mask_finds_the_body(cases):
-    mask = foreground_mask(cases[0].image[None])
-    body = cases[0].body
-    assert 2 * (mask & body).sum() / (mask.sum() + body.sum()) > 0.8
-
-
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN or infinite"), (7.0, "Every voxel of the image is 7")])
-def test_foreground_mask_refuses_useless_images(value, message):
-    with pytest.raises(ValueError, match=message):
-        foreground_mask(np.full((1, 4, 4, 4), value))

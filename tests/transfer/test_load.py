@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nnssl_stc3d.transfer.checkpoint import save_checkpoint_atomically
-from nnssl_stc3d.transfer.load import adapt_input_channels, load_pretrained, tensor_groups, use_reporting_loader
+from nnssl_stc3d.transfer.adapt import adapt_input_channels
+from nnssl_stc3d.transfer.load import load_pretrained, tensor_groups, use_reporting_loader
 
 
 def snapshot(network):

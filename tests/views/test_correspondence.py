@@ -109,15 +109,16 @@ def test_a_search_finds_what_is_best_within_reach():
     body = key.body.copy()
     body[:, 3] = False
     key = Guide(CELL, body, key.features)
-    search = np.array([5.0, 8.0, 6.0])
+    lower, upper = body_box(key)
+    radius = 0.3 * (upper - lower)
     cells = all_cells(query)[::13]
-    matches, _ = match_cells(query, key, cells, 2.0, 0.7, search)
+    matches, _ = match_cells(query, key, cells, 2.0, 0.7, 0.3)
     for cell, match in zip(cells, matches):
         place = match_points_by_body(query, key, cell_centers(query, cell))
         vector = query.features[(slice(None), *cell)].astype(np.float32)
         best, best_score = None, -np.inf
         for candidate in np.argwhere(body):
-            if (((cell_centers(key, candidate) - place) / search) ** 2).sum() > 1:
+            if (((cell_centers(key, candidate) - place) / radius) ** 2).sum() > 1:
                 continue
             score = float(vector @ key.features[(slice(None), *candidate)].astype(np.float32))
             if score > best_score:
@@ -125,14 +126,18 @@ def test_a_search_finds_what_is_best_within_reach():
         np.testing.assert_array_equal(match, best)
 
 
+def test_a_search_reaches_at_least_one_cell():
+    query = person(np.zeros(3))
+    matches, accepted = match_cells(query, query, np.array([[0, 0, 0]]), 2.0, -1.0, 1e-3)
+    assert accepted.all() and matches.tolist() == [[0, 0, 0]]
+
+
 def test_nothing_within_reach_is_no_match():
     query = person(np.zeros(3))
-    matches, accepted = match_cells(query, query, np.array([[0, 0, 0]]), 2.0, -1.0, np.full(3, 1e-3))
-    assert accepted.all() and matches.tolist() == [[0, 0, 0]]
     body = np.zeros(SHAPE, dtype=bool)
     body[0, 0, 0] = body[-1, -1, -1] = True
     key = Guide(CELL, body, query.features)
-    matches, accepted = match_cells(query, key, np.array([[4, 4, 4]]), 2.0, -1.0, np.ones(3))
+    matches, accepted = match_cells(query, key, np.array([[4, 4, 4]]), 2.0, -1.0, 0.05)
     assert not accepted.any() and (matches >= 0).all() and (matches < SHAPE).all()
 
 

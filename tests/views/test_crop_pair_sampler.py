@@ -19,7 +19,7 @@ SPACING = (3.0, 1.5, 1.5)
 
 def sampler(**changes) -> CropPairSampler:
     options = {
-        "view_shape": VIEW, "spacing": SPACING, "in_plane": False, "mask_grid": (2, 4, 3), "search_mm": None,
+        "view_shape": VIEW, "spacing": SPACING, "in_plane": False, "mask_grid": (2, 4, 3), "search": None,
         "transforms": TransformRanges.none(),
     }  # fmt: skip
     return CropPairSampler(**(options | changes))
