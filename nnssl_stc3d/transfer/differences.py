@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -20,6 +21,9 @@ ARCHITECTURE = (
 )
 DECODER = ("decoder convolutions per stage",)
 ADAPTABLE = ("stages", "features per stage", "kernel sizes", "strides", "convolutions per stage", *DECODER)
+
+IN_MEMORY = "a checkpoint in memory"
+"""How weights without a file are called."""
 
 
 class Difference(NamedTuple):
@@ -161,24 +165,24 @@ def commands_to_align(
     Args:
         source: Plans of the pretraining, if known.
         target: Plans of the downstream network, if known.
-        weights: The checkpoint, as it shall appear in the commands.
+        weights: The checkpoint's file.
 
     Returns:
         Command lines; names that are not known appear in capitals.
     """
     names = _names(source, target)
-    plans = names.plans
+    plans, file = names.plans, _argument(weights)
     lines = []
     if names.source != names.target:
         plans = aligned_name(names.plans, names.source)
         lines = [
-            f"nnssl_stc3d align-plans --to pretraining --checkpoint {weights} --target {names.number}",
+            f"nnssl_stc3d align-plans --to pretraining --checkpoint {file} --target {names.number}",
             f"nnUNetv2_preprocess -d {names.number} -plans_name {plans} -c {names.configuration}",
         ]
     return [
         *lines,
         f"nnUNetv2_train {names.number} {names.configuration} FOLD -p {plans} -tr STC3DFinetuneTrainer "
-        f"-pretrained_weights {weights}",
+        f"-pretrained_weights {file}",
     ]
 
 
@@ -193,7 +197,7 @@ def explain_mismatch(
     """Says in words why weights do not fit, and which command resolves each difference.
 
     Args:
-        weights: The checkpoint, as it shall appear in the commands.
+        weights: The checkpoint's file.
         source: Plans of the pretraining, if known.
         target: Plans of the downstream network, if known.
         differences: Between the two.
@@ -223,9 +227,14 @@ def explain_mismatch(
         lines.append("3. Or adapt the weights (documentation/aligning_plans.md says what is lost):")
         lines.append(
             f"     {ADAPT_VARIABLE}={option} nnUNetv2_train {names.number} {target.configuration} FOLD "
-            f"-p {target.plans.get('plans_name')} -tr STC3DFinetuneTrainer -pretrained_weights {weights}"
+            f"-p {target.plans.get('plans_name')} -tr STC3DFinetuneTrainer -pretrained_weights {_argument(weights)}"
         )
     return "\n".join(lines)
+
+
+def _argument(weights: str) -> str:
+    """A checkpoint as an argument of a command."""
+    return "CHECKPOINT" if weights == IN_MEMORY else shlex.quote(weights)
 
 
 def _ways(difference: Difference, known: bool, option: str | None) -> str:

@@ -24,6 +24,7 @@ from nnssl_stc3d.transfer.adapt import (
 from nnssl_stc3d.transfer.adaptation_plan import unwrap
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint
 from nnssl_stc3d.transfer.differences import (
+    IN_MEMORY,
     Difference,
     PlansReference,
     commands_to_align,
@@ -110,7 +111,7 @@ def load_pretrained(
     """
     network = unwrap(network)
     if isinstance(checkpoint_or_path, dict):
-        checkpoint, name = checkpoint_or_path, "a checkpoint in memory"
+        checkpoint, name = checkpoint_or_path, IN_MEMORY
     else:
         checkpoint, name = load_checkpoint(checkpoint_or_path), os.fspath(checkpoint_or_path)
     weights = {_without_prefix(key): value for key, value in checkpoint["network_weights"].items()}

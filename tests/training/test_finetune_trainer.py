@@ -69,6 +69,22 @@ def test_pretrained_weights_go_through_our_loader_once(trainer, pretraining_chec
     assert "tensors loaded" in log and "adapted" in log and "fresh: decoder.seg_layers" in log
 
 
+def test_the_environment_says_what_may_be_adapted(
+    make_trainer, monkeypatch, pretraining_checkpoint, tiny_plans, tmp_path
+):
+    monkeypatch.setattr(run_training, "load_pretrained_weights", run_training.load_pretrained_weights)
+    monkeypatch.setenv("NNSSL_STC3D_ADAPT", "kernel")
+    with pytest.raises(ValueError, match="understands depth, kernels and stem"):
+        make_trainer(FinetuneTrainer, fold=0)
+    monkeypatch.setenv("NNSSL_STC3D_ADAPT", "kernels")
+    trainer = make_trainer(FinetuneTrainer, fold=0)
+    trainer.initialize()
+    flat = tiny_plans(kernel_sizes=[[3, 3, 3], [3, 3, 3], [1, 3, 3]])
+    torch.save(pretraining_checkpoint(flat), tmp_path / "pretrained.pth")
+    run_training.load_pretrained_weights(trainer.network, str(tmp_path / "pretrained.pth"))
+    assert "kernel 1x3x3 -> 3x3x3, centred" in open(trainer.log_file).read()
+
+
 def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, monkeypatch, tmp_path):
     trainer.initialize()
     path = tmp_path / "checkpoint_latest.pth"

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from nnssl_stc3d.transfer.checkpoint import save_checkpoint_atomically
-from nnssl_stc3d.transfer.adapt import adapt_input_channels
 from nnssl_stc3d.transfer.load import load_pretrained, tensor_groups, use_reporting_loader
 
 
@@ -92,16 +91,6 @@ def test_wrapped_networks_and_prefixed_weights_fit(tiny_plans, tiny_network, pre
     assert torch.equal(network.state_dict()["encoder.stages.1.0.convs.0.conv.weight"], expected)
 
 
-@pytest.mark.parametrize(("source", "target"), [(1, 2), (1, 3), (2, 3), (3, 1), (4, 2)])
-def test_adapted_stem_keeps_its_response_to_equal_channels(source, target):
-    weight = torch.randn(4, source, 3, 3, 3, dtype=torch.float64)
-    image = torch.randn(1, 1, 5, 5, 5, dtype=torch.float64)
-    adapted = adapt_input_channels(weight, target)
-    assert adapted.shape == (4, target, 3, 3, 3)
-    expected = torch.nn.functional.conv3d(image.expand(1, source, 5, 5, 5), weight)
-    torch.testing.assert_close(torch.nn.functional.conv3d(image.expand(1, target, 5, 5, 5), adapted), expected)
-
-
 def test_other_number_of_channels_adapts_the_stem(
     tiny_plans, tiny_network, pretraining_checkpoint, configuration, architecture
 ):
@@ -131,6 +120,9 @@ def test_spacing_normalisation_and_patch_size_are_warnings(
     assert len(report.warnings) == 4
     assert "spacing (mm): pretrained with [1.5, 1.0, 1.0], this network has [3.0, 1.0, 1.0]" in text
     assert "normalisation" in text and "patch size" in text and "transposition" in text
+    # The datasets are the same, so the pretraining's plans only have to be named.
+    assert report.commands[0].startswith("nnUNetv2_train 801 3d_fullres FOLD -p nnUNetPlans ")
+    assert report.commands[0] in text
 
 
 @pytest.mark.parametrize(
@@ -153,11 +145,12 @@ def test_other_plan_is_refused_with_the_difference_and_the_fix(
         load_pretrained(network, pretraining_checkpoint(tiny_plans()), target, configuration)
     message = str(caught.value)
     assert words in message
-    assert (
-        "nnUNetv2_move_plans_between_datasets -s Dataset801_Unlabelled -t Dataset004_Hippocampus "
-        "-sp nnUNetPlans -tp nnUNetPlans_Dataset801" in message
-    )
+    assert "align-plans --to pretraining --checkpoint CHECKPOINT --target 4" in message
     assert "nnUNetv2_preprocess -d 4 -plans_name nnUNetPlans_Dataset801 -c 3d_fullres" in message
+    assert "align-plans --pretrain 801 --target 4 -p nnUNetPlans -c 3d_fullres" in message
+    assert ("NNSSL_STC3D_ADAPT=kernels" in message) == (words.startswith("kernel"))
+    resolved = "(resolved by 1 or 2 or 3)" if words.startswith("kernel") else "(resolved by 1 or 2)"
+    assert resolved in next(line for line in message.splitlines() if words in line)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
@@ -182,7 +175,7 @@ def test_other_plans_of_the_same_dataset_need_no_moving(
     target["plans_name"] = "nnUNetResEncUNetMPlans"
     with pytest.raises(ValueError) as caught:
         load_pretrained(tiny_network(target), pretraining_checkpoint(tiny_plans()), target, configuration)
-    assert "nnUNetv2_move_plans_between_datasets" not in str(caught.value)
+    assert "align-plans" not in str(caught.value)
     assert "nnUNetv2_train 801 3d_fullres FOLD -p nnUNetPlans " in str(caught.value)
 
 
