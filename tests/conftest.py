@@ -218,7 +218,7 @@ def write_dicom_series(
     return files
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dicom_series() -> Callable[..., list[Path]]:
     """Function ``(folder, array, spacing, origin, direction, series, prefix, **tags) -> files``."""
     return write_dicom_series

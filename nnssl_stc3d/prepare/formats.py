@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -125,7 +126,7 @@ class FileVolume:
         with _plain(self.path) as path:
             if ending_of(path) in NIFTI_ENDINGS:
                 check_nifti(path, self.id)
-                check_gzip(path, self.id)
+                check_nifti_voxels(path, self.id)
             try:
                 return sitk.ReadImage(str(path))
             except RuntimeError as error:
@@ -271,17 +272,13 @@ def check_nifti(path: Path, where: str) -> None:
     """Looks at the header itself: ITK replaces a spacing of zero by one, and missing voxels by zeros.
 
     Raises:
-        VolumeError: a spacing is not positive, or the file is shorter than its header says.
+        VolumeError: it is no NIfTI file, a spacing is not positive, or it is shorter than its header says.
     """
     compressed = is_gzip(path)
-    try:
-        with gzip.open(path) if compressed else path.open("rb") as file:
-            start = file.read(540)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise VolumeError("truncated", f"is not a complete gzip file ({error})", where) from error
-    header = nifti_header(start)
+    with _gzip_errors(where), gzip.open(path) if compressed else path.open("rb") as file:
+        header = nifti_header(file.read(540))
     if header is None:
-        return  # ITK's own message says what it is.
+        raise VolumeError("unreadable", "is no NIfTI file", where)
     dimensions = int(header["dim"][0])
     shape = [int(n) for n in header["dim"][1 : 1 + dimensions]]
     spacing = [float(s) for s in header["pixdim"][1 : 1 + min(dimensions, 3)]]
@@ -299,12 +296,13 @@ def check_nifti(path: Path, where: str) -> None:
 
 def nifti_header(start: bytes) -> Any:
     """Header of a NIfTI file from its first 540 bytes, None if it is none."""
-    for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
-        try:
-            return kind.from_fileobj(BytesIO(start), check=False)
-        except (nibabel.spatialimages.HeaderDataError, nibabel.wrapstruct.WrapStructError, ValueError):
-            continue
-    return None
+    length = start[:4]
+    kinds = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+    kind = kinds.get(int.from_bytes(length, "little")) or kinds.get(int.from_bytes(length, "big"))
+    try:
+        return None if kind is None else kind.from_fileobj(BytesIO(start), check=False)
+    except nibabel.wrapstruct.WrapStructError:
+        return None
 
 
 def _gzip_length(path: Path) -> int:
@@ -315,7 +313,7 @@ def _gzip_length(path: Path) -> int:
 
 
 def check_gzip(path: Path, where: str) -> int:
-    """Unpacks a gzip file and compares its checksum; does nothing with other files.
+    """Unpacks a gzip file and compares its checksum.
 
     Returns:
         Bytes of the unpacked data.
@@ -323,16 +321,42 @@ def check_gzip(path: Path, where: str) -> int:
     Raises:
         VolumeError: the file is incomplete or damaged.
     """
-    if not is_gzip(path):
-        return path.stat().st_size
-    length = 0
+    with _gzip_errors(where), gzip.open(path) as file:
+        return sum(len(block) for block in iter(lambda: file.read(_BLOCK), b""))
+
+
+def check_nifti_voxels(path: Path, where: str) -> None:
+    """Goes through the voxels as they are in the file, in which ITK replaces NaN by zero and passes over damage.
+
+    Raises:
+        VolumeError: a value is not finite, or the checksum of a gzip file is not that of its content.
+    """
+    compressed = is_gzip(path)
+    with _gzip_errors(where), gzip.open(path) if compressed else path.open("rb") as file:
+        header = nifti_header(file.read(540))
+        if header is None:
+            raise VolumeError("unreadable", "is no NIfTI file", where)
+        dtype = header.get_data_dtype()
+        if dtype.kind != "f" and not compressed:
+            return
+        file.seek(int(header["vox_offset"]))
+        count = 0
+        for block in iter(lambda: file.read(_BLOCK), b""):
+            if dtype.kind == "f" and dtype.itemsize in (4, 8):
+                values = np.frombuffer(block[: len(block) // dtype.itemsize * dtype.itemsize], dtype)
+                # The sum is not finite if a value is not; it may be so for large values too.
+                if not np.isfinite(values.sum(dtype=np.float64)):
+                    count += int((~np.isfinite(values)).sum())
+    if count:
+        raise VolumeError("not-finite", f"has {count} voxels that are NaN or infinite", where)
+
+
+@contextmanager
+def _gzip_errors(where: str) -> Iterator[None]:
     try:
-        with gzip.open(path) as file:
-            while block := file.read(_BLOCK):
-                length += len(block)
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VolumeError("truncated", f"is not a complete gzip file ({error})", where) from error
-    return length
 
 
 @contextmanager
@@ -345,12 +369,8 @@ def _plain(path: Path) -> Iterator[Path]:
     _check_readable(path, str(path))
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / path.name[:-3]
-        try:
-            with gzip.open(path) as packed, plain.open("wb") as file:
-                while block := packed.read(_BLOCK):
-                    file.write(block)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise VolumeError("truncated", f"is not a complete gzip file ({error})", str(path)) from error
+        with _gzip_errors(str(path)), gzip.open(path) as packed, plain.open("wb") as file:
+            shutil.copyfileobj(packed, file, _BLOCK)
         yield plain
 
 
@@ -358,10 +378,6 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     digest = sha256()
     with path.open("rb") as file:
-        _update(digest, file)
+        for block in iter(lambda: file.read(_BLOCK), b""):
+            digest.update(block)
     return digest.hexdigest()
-
-
-def _update(digest: Any, file: BinaryIO) -> None:
-    while block := file.read(_BLOCK):
-        digest.update(block)

@@ -225,3 +225,16 @@ def test_images_that_are_no_volumes(tmp_path, array, vector, code):
     if code in ("4d", "colour"):
         with pytest.raises(VolumeError):
             read_volume(volume)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".nrrd"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_is_seen_though_itk_makes_it_zero(tmp_path, save, ct, ending, dtype):
+    array = ct().astype(dtype)
+    array[2, 3, 4], array[5, 6, 7] = np.nan, -np.inf
+    volume = FileVolume(save(tmp_path / f"scan{ending}", array))
+    if ending == ".nrrd":
+        assert np.isnan(sitk.GetArrayFromImage(volume.read())).sum() == 1
+        return
+    with pytest.raises(VolumeError, match="2 voxels that are NaN or infinite"):
+        volume.read()
