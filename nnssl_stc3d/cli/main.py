@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "make an nnU-Net dataset of a folder of scans without labels",
     "quickstart": "pretrain, finetune, predict and compare on a small example or on your data",
     "small-plans": "write plans that train in minutes on a CPU",
+    "align-plans": "write plans that give a pretraining dataset and a target the same network and preprocessing",
     "network-plans": "write plans that name another network, such as vox2vec's",
     "export": "write a checkpoint in a form for use elsewhere",
     "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_stc3d.prepare.raw_dataset import write_json
 from nnssl_stc3d.transfer.adaptation_plan import resolve_configuration
 
 # Entries of arch_kwargs that hold one value per encoder stage, and one per decoder stage, in PlainConvUNet and
@@ -241,6 +242,64 @@ def derive_small_plans(
     return derived
 
 
+def check_plans_name(name: str) -> None:
+    """Refuses a name that nnU-Net cannot use for plans.
+
+    Raises:
+        ValueError: it contains "__" or a path.
+    """
+    if not name or "__" in name or Path(name).name != name:
+        raise ValueError(
+            f"{name!r} cannot be a plans identifier: nnU-Net names its results TRAINER__PLANS__CONFIGURATION, "
+            "so it must be a plain name without '__' and '/'."
+        )
+
+
+def new_plans_file(folder: Path, plans: dict[str, Any]) -> Path:
+    """Finds the file for new plans without touching what is there.
+
+    Args:
+        folder: nnUNet_preprocessed/DatasetXXX_Name.
+        plans: to write.
+
+    Returns:
+        The file; it exists only if it holds these plans already.
+
+    Raises:
+        ValueError: other plans have that name, or data was preprocessed under it.
+    """
+    file = folder / f"{plans['plans_name']}.json"
+    if file.exists():
+        if json.loads(file.read_text(encoding="utf-8")) != _as_read(plans):
+            raise ValueError(f"{file} exists and differs from these plans. Choose another name with -o, or remove it.")
+        return file
+    for configuration in plans["configurations"].values():
+        data = folder / configuration.get("data_identifier", "")
+        if data != folder and data.exists():
+            raise ValueError(
+                f"{data} holds data that was preprocessed with other plans, which would be taken for these. Choose "
+                "another name with -o, or remove it."
+            )
+    return file
+
+
+def write_plans(file: Path, plans: dict[str, Any]) -> bool:
+    """Writes plans unless the file is there; see :func:`new_plans_file`.
+
+    Returns:
+        Whether it was written.
+    """
+    if file.exists():
+        return False
+    write_json(file, plans)
+    return True
+
+
+def _as_read(plans: dict[str, Any]) -> Any:
+    """Plans as JSON gives them back: lists instead of tuples."""
+    return json.loads(json.dumps(plans))
+
+
 def write_small_plans(
     folder: Path,
     source: str,
@@ -281,11 +340,7 @@ def write_derived_plans(
         raise ValueError(
             f"The new plans need a name of their own, got {target!r}, which are the plans that they are derived from."
         )
-    if not target or "__" in target or Path(target).name != target:
-        raise ValueError(
-            f"{target!r} cannot be a plans identifier: nnU-Net names its results TRAINER__PLANS__CONFIGURATION, "
-            "so it must be a plain name without '__' and '/'."
-        )
+    check_plans_name(target)
     file = folder / f"{target}.json"
     plans = derive(read_plans(folder, source))
     if file.exists() and not overwrite:
