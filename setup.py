@@ -50,7 +50,11 @@ setup(
         "blosc2",
         "safetensors",
     ],
-    extras_require={"test": ["pytest", "ruff", "mypy", "build", "setuptools>=70.1"]},
+    # Swin-UNETR; nothing else needs it.
+    extras_require={
+        "monai": ["monai>=1.5", "einops"],
+        "test": ["pytest", "ruff", "mypy", "build", "setuptools>=70.1"],
+    },
     entry_points={"console_scripts": ["nnssl_stc3d=nnssl_stc3d.cli.main:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -14,21 +14,33 @@ class PlansPrimus(Primus):
     Args:
         input_channels: of the images.
         num_classes: segmentation channels.
-        deep_supervision: accepted because nnU-Net passes it; Primus has one output.
+        deep_supervision: as nnU-Net's trainers expect it of a network, which has one output all the same.
+        strides: ignored; nnU-Net's trainers read from it how many outputs to expect.
         arguments: of Primus: ``embed_dim``, ``patch_embed_size``, ``eva_depth``, ``eva_numheads``, ``input_shape`` (the
             plan's patch size), and its further options.
     """
 
     def __init__(
-        self, input_channels: int, num_classes: int, deep_supervision: bool = False, **arguments: Any
-    ) -> None:  # fmt: skip
-        del deep_supervision
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        strides: Any = None,
+        **arguments: Any,
+    ) -> None:
+        del strides
         super().__init__(input_channels=input_channels, num_classes=num_classes, **arguments)
+        self.decoder.deep_supervision = deep_supervision
 
     @property
-    def decoder(self) -> nn.Module:
-        """Where nnU-Net's trainer switches deep supervision, which has no effect here."""
+    def decoder(self) -> Any:
+        """Where nnU-Net's trainer switches deep supervision."""
         return self.up_projection
+
+    def forward(self, images: Tensor, ret_mask: bool = False) -> Any:
+        """Segment ``(N, C, Z, Y, X)``; a list of one segmentation with deep supervision."""
+        output = super().forward(images, ret_mask)
+        return [output] if self.decoder.deep_supervision and not ret_mask else output
 
 
 def is_primus(network: nn.Module) -> bool:

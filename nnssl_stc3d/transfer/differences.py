@@ -18,6 +18,8 @@ ARCHITECTURE = (
     "kernel sizes",
     "strides",
     "convolutions per stage",
+    "width",
+    "blocks",
 )
 DECODER = ("decoder convolutions per stage",)
 ADAPTABLE = ("stages", "features per stage", "kernel sizes", "strides", "convolutions per stage", *DECODER)
@@ -81,6 +83,9 @@ def describe_plans(reference: PlansReference) -> dict[str, Any]:
         "strides": kwargs.get("strides"),
         "convolutions per stage": kwargs.get("n_conv_per_stage", kwargs.get("n_blocks_per_stage")),
         "decoder convolutions per stage": kwargs.get("n_conv_per_stage_decoder"),
+        # Of transformers, which have no stages.
+        "width": kwargs.get("embed_dim", kwargs.get("feature_size")),
+        "blocks": kwargs.get("eva_depth"),
         "patch size": resolved.get("patch_size"),
         "spacing (mm)": resolved.get("spacing"),
         "normalisation": resolved.get("normalization_schemes"),

@@ -41,6 +41,22 @@ def test_writes_plans_that_nnunet_reads(preprocessed, network, name, features, c
     assert f"-p {name}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("size", "name"), [(None, "nnUNetPrimusSPlans"), ("B", "nnUNetPrimusBPlans")])
+def test_a_transformer_in_its_sizes(preprocessed, size, name, capsys):
+    command = ["network-plans", "-d", "801", "--network", "primus", "--patch-size", "32", "16", "24"]
+    assert main([*command, *(["--size", size] if size else [])]) == 0
+    configuration = PlansManager(str(preprocessed / f"{name}.json")).get_configuration("3d_fullres")
+    assert configuration.network_arch_class_name == "nnssl_stc3d.modules.primus.PlansPrimus"
+    assert configuration.patch_size == [32, 16, 24] == configuration.network_arch_init_kwargs["input_shape"]
+    assert f"embed_dim {792 if size else 396}, patch [32, 16, 24]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--size", "B"], ["--patch-size", "8", "8", "8"]])
+def test_options_of_transformers_are_refused_for_others(preprocessed, options, capsys):
+    assert main(["network-plans", "-d", "801", "--network", "fpn", *options]) == 1
+    assert "are for transformers, got --network fpn" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_unasked(preprocessed, capsys):
     file = preprocessed / "mine.json"
     file.write_text("{}")

@@ -136,9 +136,12 @@ def test_a_whole_network_as_nnunet_builds_it():
     )
     assert is_primus(network) and token_grid(network) == ((4, 8, 4), VIEW)
     check_primus(network)
+    image = torch.randn(1, 2, *VIEW)
+    (supervised,) = network.eval()(image)
     # Where nnU-Net's trainer switches deep supervision.
-    network.decoder.deep_supervision = True
-    assert network(torch.randn(1, 2, *VIEW)).shape == (1, 4, *VIEW)
+    network.decoder.deep_supervision = False
+    assert network(image).shape == (1, 4, *VIEW)
+    assert torch.equal(network(image), supervised)
 
 
 def test_relatives_that_cannot_leave_tokens_out_are_refused():
