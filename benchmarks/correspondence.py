@@ -1,7 +1,7 @@
 r"""How well does Alice find the same place in two volumes? Share of matches that lie in the same organ.
 
-For preprocessed cases with labels whose maps of embeddings ``nnssl_stc3d embed`` has made. The labels are only looked up,
-nothing is trained on them.
+For preprocessed cases with labels whose maps of embeddings ``nnssl_stc3d embed`` has made. The labels are only looked
+up, nothing is trained on them.
 
     nnssl_stc3d embed CHECKPOINT -d 4 -p nnUNetSmallPlans
     python benchmarks/correspondence.py nnUNet_preprocessed/Dataset004_Hippocampus -p nnUNetSmallPlans

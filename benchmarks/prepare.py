@@ -8,9 +8,7 @@ Peak memory is that of a process of its own; the last row scans a folder of many
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -90,15 +88,20 @@ def prepared(folder: Path, output: Path) -> None:
 
 def _peak(function: Callable[..., None], arguments: tuple, queue: multiprocessing.Queue) -> None:
     quiet_itk()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, which is that of the imports
+    before = _status("VmRSS")
     function(*arguments)
-    queue.put(
-        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (1 if sys.platform == "darwin" else 2**-10)
-    )
+    queue.put(_status("VmHWM") - before)
+
+
+def _status(key: str) -> float:
+    """Bytes of a line of Linux' account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def peak_bytes(function: Callable[..., None], *arguments: object) -> float:
-    """Memory that a call adds to a fresh process at its peak."""
+    """Memory that a call adds to a fresh process at its peak (Linux)."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak, args=(function, arguments, queue))
@@ -159,7 +162,7 @@ def main() -> None:
             volume = 2 * float(np.prod(shape))
             memory = {"plain": peak_bytes(plain, folder, kind, output), "prepare": peak_bytes(prepared, folder, output)}
             note = f"prepare / plain; {memory['prepare'] / volume:.1f} and {memory['plain'] / volume:.1f} volumes"
-            rows.append(Row(f"peak memory, {kind}", memory["prepare"] / memory["plain"], note=note))
+            rows.append(Row(f"peak memory, {kind}", memory["prepare"] / max(memory["plain"], 1), note=note))
         elapsed = scan_seconds(root / "many", entries)
         rows.append(Row(f"seconds to scan {entries} entries", elapsed, 60, note=f"{default_jobs()} processes"))
     report("prepare against reading and writing with SimpleITK", rows, machine(), options)

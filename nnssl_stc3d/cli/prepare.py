@@ -6,12 +6,14 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nnssl_stc3d.prepare.case import Channel
+    from nnssl_stc3d.prepare.checks import Problem
     from nnssl_stc3d.prepare.convert import Outcome
     from nnssl_stc3d.prepare.find import Search
     from nnssl_stc3d.prepare.record import CaseRecord
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """Looks, reports, and writes."""
     from nnssl_stc3d.prepare.case import DatasetTarget
     from nnssl_stc3d.prepare.record import with_record
-    from nnssl_stc3d.prepare.report import format_problems, format_summary, write_report
+    from nnssl_stc3d.prepare.report import format_problems, format_summary
     from nnssl_stc3d.prepare.scan import look_at_some, with_collisions
     from nnssl_stc3d.prepare.writer import CasesFailed, WriteOptions, open_record, write_dataset
 
@@ -104,38 +106,57 @@ def run(args: argparse.Namespace) -> int:
     cases = [c.accepting(args.accept) for c in look_at_some(cases, channels, args.sample, args.jobs)]
     print(format_summary(cases, channels, search.ignored), flush=True)
     report = args.report or folder.with_name(f"report_{folder.name}")
-    files = write_report(report, folder.name, cases, channels)
-    print("\nReport: " + ", ".join(str(f) for f in files))
     problems = [*search.problems, *(p for c in cases for p in c.problems)]
-    good = [c.case for c in cases if not c.problems and not c.known]
-    known = sum(c.known and not c.problems for c in cases)
     if problems:
         print(f"\n{format_problems(problems)}", flush=True)
-    if args.dry_run:
-        print(f"\nDry run: would write {len(good)} cases to {folder}; {known} are there already.")
-        return 1 if problems and not args.skip_bad else 0
-    if problems and not args.skip_bad:
-        raise ValueError(
-            f"{len(problems)} problems, listed above and in {files[0]}; nothing was written. Mend them, or pass "
-            f"--skip-bad to leave these cases out."
-        )
-    if not good and not known:
-        raise ValueError("Every case is bad; nothing was written.")
+    good = [c.case for c in cases if not c.problems and not c.known]
+    known = sum(c.known and not c.problems for c in cases)
+    result = None
     try:
-        result = write_dataset(good, target, options)
-    except CasesFailed as error:
-        write_report(report, folder.name, _with_results(cases, (), error.failed), channels)
+        if not args.dry_run:
+            _check_problems(problems, len(good) + known, args.skip_bad)
+            result = write_dataset(good, target, options)
+            cases = _with_results(cases, result.new, result.failed)
+    except OSError:
+        # The disk may be full: then the report cannot be written either, and that is not what went wrong.
+        with suppress(OSError):
+            _report(report, folder.name, cases, channels)
         raise
-    write_report(report, folder.name, _with_results(cases, result.new, result.failed), channels)
+    except ValueError as error:
+        if isinstance(error, CasesFailed):
+            cases = _with_results(cases, (), error.failed)
+        _report(report, folder.name, cases, channels)
+        raise
+    _report(report, folder.name, cases, channels)
+    if result is None:
+        print(f"Dry run: would write {len(good)} cases to {folder}; {known} are there already.")
+        return 1 if problems and not args.skip_bad else 0
     linked = sum(r.linked for r in result.new)
     print(
-        f"\n{folder}: added {len(result.new)} cases ({linked} linked, {len(result.new) - linked} converted), "
+        f"{folder}: added {len(result.new)} cases ({linked} linked, {len(result.new) - linked} converted), "
         f"{result.total} in all, {result.ending} files."
     )
     if result.failed:
         print("Left out:\n" + format_problems([p for o in result.failed for p in o.problems]))
     print(f"Next: nnUNetv2_plan_and_preprocess -d {args.dataset} -c 3d_fullres --verify_dataset_integrity")
     return 0
+
+
+def _check_problems(problems: Sequence[Problem], usable: int, skip_bad: bool) -> None:
+    """Raises ValueError if nothing is to be written because of what was found."""
+    if problems and not skip_bad:
+        raise ValueError(
+            f"{len(problems)} problems, listed above and in the report; nothing was written. Mend them, or pass "
+            f"--skip-bad to leave these cases out."
+        )
+    if not usable:
+        raise ValueError("Every case is bad; nothing was written.")
+
+
+def _report(folder: Path, title: str, cases: Sequence[ScannedCase], channels: Sequence[Channel]) -> None:
+    from nnssl_stc3d.prepare.report import write_report
+
+    print("\nReport: " + ", ".join(str(file) for file in write_report(folder, title, cases, channels)), flush=True)
 
 
 def _find(args: argparse.Namespace, channels: tuple[Channel, ...], folder: Path) -> tuple[list[ScannedCase], Search]:

@@ -60,14 +60,20 @@ def _shrunk(image: NDArray[Any], step: int) -> NDArray[Any]:
 
 def _at_full_resolution(image: NDArray[Any], body: NDArray[np.bool_], threshold: float, step: int) -> NDArray[np.uint8]:
     """Draws the surface of a coarse mask: cells beside it are body where they exceed the threshold."""
-    inside = ndimage.binary_erosion(body, ndimage.generate_binary_structure(3, 3), border_value=1)
-    beside = ndimage.binary_dilation(body, ndimage.generate_binary_structure(3, 3)) & ~inside
+    near = ndimage.maximum_filter(body, 3, mode="nearest")
+    inside = ndimage.minimum_filter(body, 3, mode="nearest")
+    beside = near & ~inside
     cells = [np.minimum(np.arange(n) // min(step, n), c - 1) for n, c in zip(image.shape, body.shape)]
-    mask = np.empty(image.shape, np.uint8)
-    flat = np.ix_(cells[1], cells[2])
+    if image.dtype.kind in "iu":
+        # The same for whole numbers, and they need not be converted.
+        threshold = int(np.floor(threshold))
+    mask = np.empty(image.shape, bool)
     last = -1
     for z, cell in enumerate(cells[0]):
         if cell != last:
-            fill, edge, last = inside[cell][flat], beside[cell][flat], cell
-        mask[z] = fill | (edge & (image[z] > threshold))
-    return mask
+            fill, edge = (where[cell].take(cells[1], 0).take(cells[2], 1) for where in (inside, beside))
+            last = cell
+        np.greater(image[z], threshold, out=mask[z])
+        mask[z] &= edge
+        mask[z] |= fill
+    return mask.view(np.uint8)

@@ -204,7 +204,7 @@ def _same_header(first: Header, second: Header) -> bool:
 
 
 def _with_geometry(image: sitk.Image, header: Header) -> sitk.Image:
-    image = sitk.Image(image)
+    """Gives an image the geometry of another; changes the image itself."""
     image.SetSpacing(header.spacing)
     image.SetOrigin(header.origin)
     image.SetDirection(header.direction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -121,6 +122,19 @@ def test_what_only_the_voxels_show(raw, scans, capsys):
     assert "[not-finite]" in (raw / "report_Dataset801_MyCT" / "prepare_cases.csv").read_text()
     assert prepare(*arguments, "--skip-bad") == 0
     assert "nan.nii.gz" not in cases(raw)
+
+
+def test_a_full_disk(raw, scans, capsys, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnssl_stc3d.prepare.convert.sitk.WriteImage", full)
+        patch.setattr("nnssl_stc3d.prepare.report.Path.write_bytes", full)
+        message = refused(capsys, "-i", scans, "--modality", "CT")
+    assert "No space left" in message and "make room" in message
+    assert not (raw / "Dataset801_MyCT").exists()
+    assert prepare("-i", scans, "--modality", "CT") == 0 and len(cases(raw)) == 4
 
 
 def test_channels(raw, tmp_path):
