@@ -87,7 +87,7 @@ def measured_in_a_process(pairs: int, rows: int | None, options) -> int:
     """:func:`peak_of_step` in a fresh process."""
     words = [sys.executable, __file__, "--peak-of", str(rows or 0), "--pairs", str(pairs)]
     words += ["--device", options.device, "--threads", str(options.threads)]
-    return json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(words, check=True, capture_output=True, encoding="utf-8").stdout)
 
 
 def main() -> None:

@@ -209,7 +209,7 @@ def memory_of(folder: Path, method: str, variant: str, options: argparse.Namespa
     command += ["--child", str(folder), method, variant]
     values = []
     for _ in range(repeats):
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
         values.append(json.loads(output.splitlines()[-1]))
     return median(values)
 

@@ -32,7 +32,7 @@ def built(tmp_path_factory) -> Path:
     result = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(tree)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "dist"
@@ -65,7 +65,7 @@ def test_unpacked_wheel_prints_its_own_trainers(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     result = subprocess.run(
-        [sys.executable, "-m", "nnssl_stc3d", "trainers"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "nnssl_stc3d", "trainers"], capture_output=True, encoding="utf-8", cwd=tmp_path
     )
     assert Path(result.stdout.strip()) == (tmp_path / "nnssl_stc3d" / "trainers").resolve(), result.stderr
 

@@ -89,6 +89,6 @@ def test_every_registered_command_exists_and_has_help(name, capsys):
 
 def test_module_and_console_command_run(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-m", "nnssl_stc3d", "--version"], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "nnssl_stc3d", "--version"], capture_output=True, encoding="utf-8", cwd=tmp_path
     )
     assert (result.returncode, result.stdout.strip()) == (0, f"nnssl_stc3d {__version__}")

@@ -21,7 +21,9 @@ def run_look_up(folder: str, name: str, cwd: Path) -> subprocess.CompletedProces
         f"print('FOUND', find({name!r}).__name__)"
     )
     environment = {**os.environ, "nnUNet_extTrainer": folder}
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", env=environment, cwd=cwd
+    )
 
 
 def test_command_prints_one_absolute_folder(capsys):
@@ -33,7 +35,7 @@ def test_command_prints_one_absolute_folder(capsys):
 
 def test_command_imports_no_torch(tmp_path):
     script = "import sys; from nnssl_stc3d.cli.main import main; main(['trainers']); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert result.stdout.splitlines()[-1] == "False", result.stderr
 
 
@@ -48,13 +50,13 @@ def test_every_module_there_is_importable_on_its_own(tmp_path):
     modules = sorted(path.stem for path in trainers_folder().glob("*.py") if path.stem != "__init__")
     assert modules
     script = f"import sys; sys.path.insert(0, {str(trainers_folder())!r})\n" + "\n".join(f"import {m}" for m in modules)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
 
 
 def test_clone_that_is_not_installed_prints_its_own_folder(repository):
     result = subprocess.run(
-        [sys.executable, "-m", "nnssl_stc3d", "trainers"], capture_output=True, text=True, cwd=repository
+        [sys.executable, "-m", "nnssl_stc3d", "trainers"], capture_output=True, encoding="utf-8", cwd=repository
     )
     assert Path(result.stdout.strip()) == repository / "trainers", result.stderr
 
@@ -80,7 +82,11 @@ def test_nnunet_finds_the_trainers_of_a_clone_that_is_not_installed(repository, 
     environment = {**os.environ, "nnUNet_extTrainer": str(repository / "trainers")}
     environment.pop("PYTHONPATH", None)
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        cwd=tmp_path,
     )
     assert f"FOUND STC3DPretrainTrainer in {repository / 'nnssl_stc3d'}" in result.stdout, result.stderr
 

@@ -81,7 +81,7 @@ def test_an_interrupt_ends_the_program_and_its_workers(runner, tmp_path, monkeyp
 
 
 def _runs(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, encoding="utf-8").stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 

@@ -77,7 +77,7 @@ class Workspace:
             cwd=self.root,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
         )
 
     def run(self, command: str, *arguments: object, **environment: str | None) -> Run:

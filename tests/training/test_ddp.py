@@ -25,7 +25,7 @@ def results(tmp_path_factory):
         [*launch, str(Path(__file__).with_name("ddp_worker.py")), str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
         check=False,
     )

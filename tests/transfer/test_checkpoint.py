@@ -52,7 +52,7 @@ def test_full_disk_is_explained_and_keeps_the_previous_file(tmp_path):
         except RuntimeError as error:
             print("MESSAGE", error)
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, encoding="utf-8")
     assert "MESSAGE Cannot write" in result.stdout, result.stderr
     assert "MiB are free" in result.stdout and "previous file of that name is untouched" in result.stdout
     assert "File too large" in result.stdout

@@ -163,7 +163,7 @@ def test_stock_trainer_export_predicts_the_same_without_this_package(finetuned, 
         print("AXES", predictor.allowed_mirroring_axes)
         torch.save(logits, {str(tmp_path / "logits.pth")!r})
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, encoding="utf-8")
     assert result.returncode == 0, result.stderr
     assert "AXES (0, 1, 2)" in result.stdout
     torch.testing.assert_close(torch.load(tmp_path / "logits.pth", weights_only=True), predict(finetuned))
