@@ -21,6 +21,7 @@ COMMANDS = {
     "align-plans": "write plans that give a pretraining dataset and a target the same network and preprocessing",
     "network-plans": "write plans that name another network, such as vox2vec's",
     "export": "write a checkpoint in a form for use elsewhere",
+    "benchmark": "compare pretraining methods with training from scratch when few cases are labelled",
     "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",
 }
 DEBUG_VARIABLE = "NNSSL_STC3D_DEBUG"

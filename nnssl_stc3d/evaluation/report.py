@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from nnssl_stc3d.evaluation.page import picture, render_page, section
 from nnssl_stc3d.evaluation.report_figures import Overlay, dice_bars, finetuning_curves, overlays, pretraining_curves
 from nnssl_stc3d.evaluation.training_log import Curves
 
@@ -202,46 +202,39 @@ def write_report(comparison: Comparison, path: Path) -> list[Row]:
     rows = compare(comparison.scratch, comparison.pretrained)
     organs = [row.name for row in rows[:-1]]
     sections = [
-        _section("Dice of the test cases", _table(rows) + _picture(_bars(comparison, organs), "Dice per organ")),
+        section("Dice of the test cases", _table(rows) + picture(_bars(comparison, organs), "Dice per organ")),
     ]
     if comparison.overlay_cases and comparison.labels:
         drawn = overlays(comparison.overlay_cases, comparison.labels, comparison.is_ct)
         sections.append(
-            _section(
+            section(
                 "Predictions",
-                _picture(drawn, "overlays"),
+                picture(drawn, "overlays"),
                 "The first test cases by name, not a selection; the slice with most labels.",
             )
         )
     curves = finetuning_curves(comparison.scratch_curves, comparison.pretrained_curves)
     sections.append(
-        _section(
+        section(
             "Finetuning",
-            _picture(curves, "finetuning curves"),
+            picture(curves, "finetuning curves"),
             "Same trainer, schedule, plans and cases for both models.",
         )
     )
-    sections.append(_section("Pretraining", _picture(pretraining_curves(comparison.pretraining), "pretraining curves")))
+    sections.append(section("Pretraining", picture(pretraining_curves(comparison.pretraining), "pretraining curves")))
     if comparison.views is not None and comparison.views.is_file():
         sections.append(
-            _section(
+            section(
                 "What pretraining sees",
-                _picture(comparison.views.read_bytes(), "views"),
+                picture(comparison.views.read_bytes(), "views"),
                 "Views of one volume and where they were taken.",
             )
         )
     if comparison.stages:
-        sections.append(_section("Time", _times(comparison.stages)))
+        sections.append(section("Time", _times(comparison.stages)))
     if comparison.commands:
-        sections.append(_section("Repeat it", f"<pre>{escape(comparison.commands)}</pre>"))
-    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in comparison.facts.items())
-    page = _PAGE.format(
-        title=escape(comparison.title),
-        verdict=escape(verdict(rows)),
-        caveat=escape(caveat(len(comparison.scratch))),
-        facts=facts,
-        sections="\n".join(sections),
-    )
+        sections.append(section("Repeat it", f"<pre>{escape(comparison.commands)}</pre>"))
+    page = render_page(comparison.title, verdict(rows), caveat(len(comparison.scratch)), comparison.facts, sections)
     path.write_text(page, encoding="utf-8")
     return rows
 
@@ -251,14 +244,6 @@ def _bars(comparison: Comparison, organs: Sequence[str]) -> bytes:
         return {name: [case[name] for case in dice.values()] for name in organs}
 
     return dice_bars(organs, by_organ(comparison.scratch), by_organ(comparison.pretrained))
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    return f"<section><h2>{escape(title)}</h2>{f'<p>{escape(note)}</p>' if note else ''}{body}</section>"
-
-
-def _picture(png: bytes, description: str) -> str:
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -287,39 +272,3 @@ def _times(stages: Sequence[tuple[str, float]]) -> str:
     total = sum(seconds for _, seconds in stages)
     last = f"<tr class='mean'><th scope='row'>all</th><td>{total:.0f} s</td></tr>"
     return f"<table><tbody>{lines}{last}</tbody></table>"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1d2129; background: #fff; max-width: 68rem; margin: 2rem auto;
-padding: 0 1rem; }}
-h1 {{ font-size: 1.7rem; margin-bottom: .2rem; }}
-h2 {{ font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #dde1e6; padding-bottom: .2rem; }}
-.verdict {{ font-size: 1.15rem; font-weight: 600; }}
-.caveat {{ background: #fff6e0; border-left: 4px solid #d99a00; padding: .6rem 1rem; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }}
-dt {{ color: #5b6470; }} dd {{ margin: 0; }}
-table {{ border-collapse: collapse; margin: .8rem 0; }}
-th, td {{ padding: .25rem .9rem; text-align: right; font-variant-numeric: tabular-nums; }}
-th:first-child {{ text-align: left; font-weight: 400; }}
-thead th {{ border-bottom: 2px solid #1d2129; font-weight: 600; }}
-tr.mean > * {{ border-top: 1px solid #1d2129; font-weight: 600; }}
-.gain {{ color: #0a7a3d; }} .loss {{ color: #b3261e; }}
-img {{ max-width: 100%; height: auto; display: block; margin: .8rem 0; }}
-pre {{ background: #f4f6f8; padding: .8rem 1rem; overflow-x: auto; font-size: .8rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="verdict">{verdict}</p>
-<p class="caveat">{caveat}</p>
-<dl>{facts}</dl>
-{sections}
-</body>
-</html>
-"""

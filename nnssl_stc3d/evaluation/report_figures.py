@@ -68,7 +68,8 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     return buffer.getvalue()
 
 
-def _tidy(axis: Axes, title: str, x_label: str = "", y_label: str = "") -> None:
+def tidy(axis: Axes, title: str, x_label: str = "", y_label: str = "") -> None:
+    """Gives an axis its title, labels and grid."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x_label, fontsize=9)
     axis.set_ylabel(y_label, fontsize=9)
@@ -104,7 +105,7 @@ def pretraining_curves(curves: Curves, max_panels: int = 8) -> bytes:
             axis.plot(
                 range(1, len(values) + 1), values, color=colour, label=label, marker="." if len(values) < 30 else None
             )
-        _tidy(axis, name, "epoch")
+        tidy(axis, name, "epoch")
         if any(panels[name]):
             axis.legend(fontsize=7, frameon=False)
     for axis in axes.flat[len(names) :]:
@@ -126,7 +127,7 @@ def finetuning_curves(scratch: Curves, pretrained: Curves) -> bytes:
             axis.plot(
                 range(1, len(values) + 1), values, color=colour, label=label, marker="." if len(values) < 30 else None
             )
-        _tidy(axis, title, "epoch")
+        tidy(axis, title, "epoch")
     axes[0, 0].legend(fontsize=8, frameon=False)
     axes[0, 2].set_ylim(0, 1)
     return to_png(figure)
@@ -157,7 +158,7 @@ def dice_bars(
             axis.scatter(place + spread, dots, s=9, color="black", alpha=0.55, zorder=3, linewidths=0)
     axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     axis.set_ylim(0, 1.02)
-    _tidy(axis, "Dice of the test cases (dots) and their mean (bars)")
+    tidy(axis, "Dice of the test cases (dots) and their mean (bars)")
     axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     return to_png(figure)
 

@@ -10,6 +10,8 @@ _VALUE = re.compile(rf": ([a-z]\w*) ({_NUMBER})\s*$")
 _DICE = re.compile(r": Pseudo dice \[(.*)\]")
 _IN_LIST = re.compile(rf"(?<![\w.])({_NUMBER})(?![\w.(])")
 
+_EPOCH = re.compile(r": Epoch time: ([\d.]+) s\s*$")
+
 Curves = dict[str, list[float]]
 
 
@@ -25,11 +27,8 @@ def read_training_log(folder: Path) -> Curves:
     Raises:
         ValueError: there is no log.
     """
-    logs = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
-    if not logs:
-        raise ValueError(f"{folder} has no training_log_*.txt, so nothing was trained there.")
     curves: Curves = {}
-    for line in logs[-1].read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _newest_log(folder):
         value = _VALUE.search(line)
         if value:
             curves.setdefault(value.group(1), []).append(float(value.group(2)))
@@ -38,6 +37,22 @@ def read_training_log(folder: Path) -> Curves:
         if dice:
             curves.setdefault("pseudo_dice", []).append(_mean_of_list(dice.group(1)))
     return curves
+
+
+def read_epoch_seconds(folder: Path) -> list[float]:
+    """Reads how long each epoch of a training took, in seconds.
+
+    Raises:
+        ValueError: there is no log.
+    """
+    return [float(match.group(1)) for match in map(_EPOCH.search, _newest_log(folder)) if match]
+
+
+def _newest_log(folder: Path) -> list[str]:
+    logs = sorted(folder.glob("training_log_*.txt"), key=lambda file: file.stat().st_mtime)
+    if not logs:
+        raise ValueError(f"{folder} has no training_log_*.txt, so nothing was trained there.")
+    return logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _mean_of_list(text: str) -> float:

@@ -1,0 +1,100 @@
+"""``nnssl_stc3d benchmark``: what is pretraining worth on my data, with the labels that I have?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from nnssl_stc3d.cli.datasets import find_dataset_folder, preprocessed_folder
+from nnssl_stc3d.evaluation.benchmark.design import METHODS, SCHEDULES, SCRATCH
+
+DESCRIPTION = """\
+Compares pretraining methods with training from scratch when few cases are labelled. Test cases are drawn first; no
+pretraining and no finetuning sees them. Every method is pretrained once for each seed under one budget and finetuned
+with nested draws of labelled cases; scratch runs have the same plans, schedule, steps, cases and seeds. Finished runs
+are kept, so the same command continues after an interruption, and more methods, labels or seeds extend a benchmark.
+
+The dataset has to be planned and preprocessed; its own folders are only read. Without --pretrain-dataset the
+pretraining sees the images of the dataset's own development cases. Choices (options, methods) are made with
+--cases validation.
+
+  nnssl_stc3d benchmark -d 4 --methods scratch,stc3d,voco --labels 10,20 --seeds 5 --budget 30min -o BENCHMARK
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Adds the parser of ``benchmark``."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "benchmark", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-d", dest="dataset", required=True, help="labelled dataset, number or name")
+    parser.add_argument("-o", dest="output", type=Path, required=True, help="folder for everything that is written")
+    parser.add_argument("-c", dest="configuration", default="3d_fullres", help="configuration (default: %(default)s)")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: %(default)s)")
+    methods_help = f"of {', '.join([SCRATCH, *METHODS])} (default: %(default)s)"
+    parser.add_argument("--methods", default="scratch,stc3d", help=methods_help)
+    parser.add_argument(
+        "--labels", default="5,10,20,100%", help="labelled cases, or shares of those that may be (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)")
+    parser.add_argument("--pretrain-dataset", help="pretrain on this dataset, with the same plans (see align-plans)")
+    parser.add_argument(
+        "--budget", default="100000steps", help="of every pretraining: steps, or s, min, h (default: %(default)s)"
+    )
+    parser.add_argument("--finetuning", default="stc3d", help=f"schedules, of {','.join(SCHEDULES)} (default: stc3d)")
+    parser.add_argument(
+        "--finetuning-steps", type=int, default=25_000, help="of every finetuning (default: %(default)s)"
+    )
+    parser.add_argument("--test-cases", type=int, help="default: a quarter of the cases")
+    parser.add_argument("--validation-cases", type=int, help="default: a sixth of the cases")
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--cases", choices=["test", "validation"], default="test", help="what is predicted")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda")
+    parser.add_argument("--gpus", default="", help="spread runs over these, such as 0,1")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on each GPU (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0 leaves them to nnU-Net")
+    parser.add_argument("--workers", type=int, help="nnUNet_n_proc_DA (default: as it is set, else 0 on a CPU and 8)")
+    parser.add_argument("--disable-tta", action="store_true", help="predict without mirroring")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and their cost, and write nothing")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is missing and writes the report."""
+    from nnssl_stc3d.evaluation.benchmark.command import Options, benchmark
+
+    raw = os.environ.get("nnUNet_raw")
+    if not raw or not Path(raw).is_dir():
+        raise ValueError(f"expected nnU-Net's folder of raw data in nnUNet_raw, got {raw!r}. Set the variable.")
+    workers = args.workers
+    if workers is None:
+        workers = int(os.environ.get("nnUNet_n_proc_DA", 0 if args.device == "cpu" else 8))
+    folder = preprocessed_folder(args.dataset)
+    return benchmark(
+        Options(
+            output=args.output.resolve(),
+            target=folder,
+            target_raw=find_dataset_folder(Path(raw), folder.name),
+            pretraining=preprocessed_folder(args.pretrain_dataset) if args.pretrain_dataset else None,
+            configuration=args.configuration,
+            plans=args.plans,
+            methods=tuple(args.methods.split(",")),
+            labels=tuple(args.labels.split(",")),
+            seeds=args.seeds,
+            budget=args.budget,
+            schedules=tuple(args.finetuning.split(",")),
+            finetuning_steps=args.finetuning_steps,
+            test_cases=args.test_cases,
+            validation_cases=args.validation_cases,
+            split_seed=args.split_seed,
+            cases=args.cases,
+            device=args.device,
+            gpus=tuple(g for g in args.gpus.split(",") if g),
+            jobs=args.jobs,
+            threads=args.threads,
+            workers=workers,
+            mirroring=not args.disable_tta,
+            dry_run=args.dry_run,
+        )
+    )

@@ -1,0 +1,167 @@
+"""What a benchmark compares: methods, labelled cases, seeds, and who may be seen by what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+SCRATCH = "scratch"
+# Method on the command line -> its pretraining trainer.
+METHODS = {
+    "stc3d": "STC3DPretrainTrainer",
+    "stc3d-paper": "STC3DPaperPretrainTrainer",
+    "voco": "VoCoPretrainTrainer",
+    "pimpic": "PiMPiCPretrainTrainer",
+    "vox2vec": "Vox2VecPretrainTrainer",
+    "alice": "AlicePretrainTrainer",
+}
+# Finetuning schedule -> trainer.
+SCHEDULES = {"stc3d": "STC3DFinetuneTrainer", "stock": "nnUNetTrainer"}
+# nnU-Net validates every validation case of a fold after training; a few keep that cheap.
+CASES_VALIDATED_IN_TRAINING = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who may be seen by what.
+
+    Attributes:
+        seed: of the permutations.
+        test: cases for the final tables; neither pretraining nor finetuning nor any choice sees them.
+        validation: cases on which choices are made; pretraining sees their images, no finetuning their labels.
+        pool: the other cases, from which labelled cases are drawn.
+    """
+
+    seed: int
+    test: list[str]
+    validation: list[str]
+    pool: list[str]
+
+    @property
+    def development(self) -> list[str]:
+        """Every case but the test cases."""
+        return sorted(self.validation + self.pool)
+
+    def labelled(self, count: int, seed: int) -> list[str]:
+        """The labelled cases of a draw. Draws are nested: fewer cases are among more of the same seed.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        if not 1 <= count <= len(self.pool):
+            raise ValueError(f"expected 1 to {len(self.pool)} labelled cases, got {count}")
+        order = np.random.default_rng([self.seed, seed]).permutation(len(self.pool))
+        return sorted(self.pool[i] for i in order[:count])
+
+    def fold(self, count: int, seed: int) -> dict[str, list[str]]:
+        """A fold as nnU-Net's splits_final.json has it."""
+        return {"train": self.labelled(count, seed), "val": self.validation[:CASES_VALIDATED_IN_TRAINING]}
+
+
+def draw_split(cases: Sequence[str], test: int, validation: int, seed: int) -> Split:
+    """Draws test and validation cases.
+
+    Args:
+        cases: identifiers of all labelled cases.
+        test: number of test cases.
+        validation: number of validation cases.
+        seed: fixes everything.
+
+    Raises:
+        ValueError: too few cases.
+    """
+    if min(test, validation) < 1 or len(cases) < test + validation + 1:
+        raise ValueError(
+            f"expected at least {test + validation + 1} labelled cases for {test} test and {validation} validation "
+            f"cases and one to learn from, got {len(cases)}; lower --test-cases or --validation-cases"
+        )
+    order = [sorted(cases)[i] for i in np.random.default_rng(seed).permutation(len(cases))]
+    return Split(
+        seed,
+        sorted(order[:test]),
+        sorted(order[test : test + validation]),
+        sorted(order[test + validation :]),
+    )
+
+
+def fixed_split(file: Path, cases: Sequence[str], test: int, validation: int, seed: int) -> Split:
+    """The split of a benchmark, which is written before anything else happens and never changes.
+
+    Raises:
+        ValueError: the file's split was made from other cases or with other numbers.
+    """
+    split = draw_split(cases, test, validation, seed)
+    if file.is_file():
+        if json.loads(file.read_text(encoding="utf-8")) != asdict(split):
+            raise ValueError(
+                f"{file} was drawn from other cases or with other numbers of test and validation cases. Repeat the "
+                "options that it was made with, or choose another output folder."
+            )
+        return split
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(split), indent=1) + "\n", encoding="utf-8")
+    return split
+
+
+def label_counts(wanted: Sequence[str], pool: int) -> list[int]:
+    """Numbers of labelled cases: "10" is ten cases, "5%" that share of the pool, rounded, at least one.
+
+    Args:
+        wanted: as on the command line.
+        pool: number of cases that may be labelled.
+
+    Raises:
+        ValueError: a number that is not positive, above the pool, or no number.
+    """
+    counts = set()
+    for text in wanted:
+        try:
+            count = max(1, round(float(text[:-1]) / 100 * pool)) if text.endswith("%") else int(text)
+        except ValueError:
+            raise ValueError(f"labels must be numbers of cases or percentages such as 10%, got {text!r}") from None
+        if not 1 <= count <= pool:
+            raise ValueError(
+                f"expected 1 to {pool} labelled cases (those that are neither for testing nor for validation), got "
+                f"{text!r}"
+            )
+        counts.add(count)
+    return sorted(counts)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every pretraining is.
+
+    Attributes:
+        amount: number of steps, or of seconds.
+        seconds: the amount is in seconds.
+    """
+
+    amount: float
+    seconds: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Reads "5000", "5000steps", "240s", "30min" or "12h".
+
+        Raises:
+            ValueError: none of these.
+        """
+        units = {"": (1, False), "steps": (1, False), "s": (1, True), "min": (60, True), "h": (3600, True)}
+        number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+        unit = text[len(number) :].strip()
+        try:
+            factor, seconds = units[unit]
+            amount = float(number) * factor
+        except (KeyError, ValueError):
+            raise ValueError(f"expected a budget such as 5000steps, 240s, 30min or 12h, got {text!r}") from None
+        if amount <= 0:
+            raise ValueError(f"the budget must be positive, got {text!r}")
+        return cls(amount, seconds)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {'seconds' if self.seconds else 'steps'}"

@@ -1,0 +1,141 @@
+"""Executes the runs of a benchmark side by side, each as soon as what it starts from is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from time import time
+
+from tqdm import tqdm
+
+from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, Run, Settings
+from nnssl_stc3d.evaluation.benchmark.workspace import environment
+from nnssl_stc3d.evaluation.commands import find_program
+
+TAIL_LINES = 15
+_COMMANDS_LOCK = threading.Lock()
+
+
+def seconds_file(run: Run, settings: Settings) -> Path:
+    """Where the seconds of a run's commands are kept."""
+    return settings.workspace.root / "seconds" / f"{run.name}-{settings.cases}.json"
+
+
+def call(
+    words: list[str], settings: Settings, start: str, log: Path, seed: int, threads: int, workers: int, gpu: str = ""
+) -> float:
+    """Runs one command with its output in a log file, and notes it in commands.txt.
+
+    Args:
+        words: the command.
+        settings: of the benchmark.
+        start: whose nnUNet_results it uses.
+        log: receives its output.
+        seed: of a training.
+        threads: CPU threads, 0 for nnU-Net's own choice.
+        workers: nnUNet_n_proc_DA.
+        gpu: CUDA_VISIBLE_DEVICES, "" to leave it alone.
+
+    Returns:
+        Seconds that it took.
+
+    Raises:
+        RuntimeError: it failed; with the end of its output.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    line = shlex.join(words)
+    with _COMMANDS_LOCK, open(settings.workspace.root / "commands.txt", "a", encoding="utf-8") as file:
+        file.write(f"nnUNet_results={shlex.quote(str(settings.workspace.results(start)))} {line}\n")
+    if words[0] in ("nnUNetv2_train", "nnUNetv2_predict"):
+        module = "nnssl_stc3d.evaluation.benchmark.seeded"
+        program = [sys.executable, "-m", module, str(seed), str(threads), *words]
+    else:
+        program = [*find_program(words[0]), *words[1:]]
+    variables = {**os.environ, **environment(settings.workspace, start, threads, workers)}
+    if gpu:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
+    begin = time()
+    with open(log, "a", encoding="utf-8") as file:
+        code = subprocess.run(
+            program, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
+        raise RuntimeError(f"{line}\nended with {code}. The end of {log}:\n{tail}")
+    return time() - begin
+
+
+def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str) -> None:
+    """Does what is missing of a run."""
+    log = settings.workspace.root / "logs" / f"{run.name}-{settings.cases}.log"
+    file = seconds_file(run, settings)
+    seconds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for words in run.commands(settings):
+        taken = call(words, settings, run.start, log, run.seed, threads, workers, gpu)
+        seconds[words[0]] = round(taken + (seconds.get(words[0], 0.0) if "--c" in words else 0.0), 1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def execute_all(
+    runs: Sequence[Run], settings: Settings, threads: int, workers: int, jobs: int, gpus: Sequence[str] = ()
+) -> list[str]:
+    """Executes runs under one progress line with the time left; a failure stops only what starts from it.
+
+    Args:
+        runs: pretrainings before what starts from them.
+        settings: of the benchmark.
+        threads: CPU threads of each run.
+        workers: nnUNet_n_proc_DA of each run.
+        jobs: runs side by side, on each GPU where there are several.
+        gpus: names for CUDA_VISIBLE_DEVICES.
+
+    Returns:
+        Messages of the failures.
+    """
+    waiting = [run for run in runs if run.commands(settings)]
+    slots = [gpu for gpu in gpus or [""] for _ in range(jobs)]
+    failures: list[str] = []
+    failed: set[Run] = set()
+    running: dict[Future[None], tuple[Run, str]] = {}
+    with (
+        ThreadPoolExecutor(len(slots)) as pool,
+        tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", desc="runs", smoothing=0) as bar,
+    ):
+        try:
+            while waiting or running:
+                for orphan in [r for r in waiting if isinstance(r, Finetuning) and r.pretraining in failed]:
+                    waiting.remove(orphan)
+                    failures.append(f"{orphan.name}: left out, its pretraining failed")
+                    bar.update()
+                busy = {run for run, _ in running.values()}
+                ready = [
+                    run for run in waiting if not (isinstance(run, Finetuning) and run.pretraining in {*waiting, *busy})
+                ]
+                for run in ready[: len(slots)]:
+                    waiting.remove(run)
+                    gpu = slots.pop()
+                    running[pool.submit(execute, run, settings, threads, workers, gpu)] = (run, gpu)
+                if not running:
+                    continue
+                bar.set_postfix_str(", ".join(run.name for run, _ in running.values()))
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run, gpu = running.pop(future)
+                    slots.append(gpu)
+                    error = future.exception()
+                    if error is not None:
+                        failed.add(run)
+                        failures.append(f"{run.name}: {error}")
+                    bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures

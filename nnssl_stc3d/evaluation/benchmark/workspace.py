@@ -1,0 +1,267 @@
+"""The folder of a benchmark: links to the user's data, folds of its own, and trainers of the chosen length.
+
+Nothing is written into the user's folders. The test cases are not linked, so that no training can see them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl_stc3d.evaluation.benchmark.design import METHODS, SCHEDULES, Split
+
+TRAINERS_FILE = "benchmark_trainers.py"
+# Pretrainings log their monitors as often as this, finetunings validate as often.
+EPOCHS = 10
+VALIDATION_STEPS = 5
+CALIBRATION_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the user.
+
+    Attributes:
+        raw: nnUNet_raw/DatasetXXX_Name, or None if only preprocessed data are needed.
+        preprocessed: nnUNet_preprocessed/DatasetXXX_Name.
+        plans: content of the plans file.
+        configuration: such as "3d_fullres".
+    """
+
+    raw: Path | None
+    preprocessed: Path
+    plans: dict[str, Any]
+    configuration: str
+
+    @property
+    def name(self) -> str:
+        """DatasetXXX_Name."""
+        return self.preprocessed.name
+
+    @property
+    def number(self) -> str:
+        """Number for nnU-Net's commands."""
+        return str(int(self.name[7:10]))
+
+    @property
+    def data(self) -> Path:
+        """Folder of the preprocessed cases."""
+        return self.preprocessed / PlansManager(self.plans).get_configuration(self.configuration).data_identifier
+
+    def cases(self) -> list[str]:
+        """Identifiers of the preprocessed cases.
+
+        Raises:
+            ValueError: there are none.
+        """
+        found = sorted(f.name[: -len("_seg.b2nd")] for f in self.data.glob("*_seg.b2nd"))
+        if not found:
+            raise ValueError(
+                f"expected preprocessed cases in {self.data}, found none. Run nnUNetv2_preprocess -d {self.number} "
+                f"-plans_name {self.plans['plans_name']} -c {self.configuration}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Folders below the folder of a benchmark.
+
+    Attributes:
+        root: that folder, absolute.
+    """
+
+    root: Path
+
+    @property
+    def preprocessed(self) -> Path:
+        """nnUNet_preprocessed of all runs."""
+        return self.root / "nnUNet_preprocessed"
+
+    @property
+    def trainers(self) -> Path:
+        """Folder for nnUNet_extTrainer."""
+        return self.root / "trainers"
+
+    def results(self, start: str) -> Path:
+        """nnUNet_results of the runs that begin with one start; they share trainers, not weights."""
+        return self.root / "results" / start
+
+    def cases(self, kind: str) -> tuple[Path, Path]:
+        """Images and labels of the "test" or "validation" cases."""
+        return self.root / kind / "images", self.root / kind / "labels"
+
+    def link_datasets(self, target: Dataset, split: Split, pretraining: Dataset | None = None) -> None:
+        """Links what runs may see, and writes folds of their own.
+
+        Args:
+            target: the labelled dataset.
+            split: its cases.
+            pretraining: the dataset to pretrain on; None takes the target's development cases.
+        """
+        self._link_preprocessed(target, split.development)
+        if pretraining is not None:
+            self._link_preprocessed(pretraining, pretraining.cases())
+        if target.raw is None:
+            raise ValueError(f"the raw data of {target.name} are needed to predict its test cases")
+        ending = json.loads((target.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        for kind, names in (("test", split.test), ("validation", split.validation)):
+            images, labels = self.cases(kind)
+            for name in names:
+                channels = sorted((target.raw / "imagesTr").glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))
+                if not channels:
+                    raise ValueError(f"expected images {name}_0000{ending} in {target.raw / 'imagesTr'}, found none")
+                _link(channels, images)
+                _link([target.raw / "labelsTr" / f"{name}{ending}"], labels)
+
+    def _link_preprocessed(self, dataset: Dataset, cases: Iterable[str]) -> None:
+        folder = self.preprocessed / dataset.name
+        data = dataset.data
+        for name in cases:
+            _link([data / f"{name}{suffix}" for suffix in (".b2nd", "_seg.b2nd", ".pkl")], folder / data.name)
+            _link(dataset.preprocessed.glob(f"gt_segmentations/{name}.*"), folder / "gt_segmentations")
+        for file in ("dataset.json", "dataset_fingerprint.json"):
+            if (dataset.preprocessed / file).is_file():
+                _link([dataset.preprocessed / file], folder)
+        plans = folder / f"{dataset.plans['plans_name']}.json"
+        text = json.dumps(dataset.plans, indent=4) + "\n"
+        if plans.is_file() and plans.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"the plans {dataset.plans['plans_name']} of {dataset.name} have changed since this benchmark began. "
+                "Restore them, or choose another output folder."
+            )
+        plans.write_text(text, encoding="utf-8")
+
+    def fold(self, dataset: Dataset, split: Split, count: int, seed: int) -> int:
+        """Number of the fold with some labelled cases; new folds are appended, so that numbers never change."""
+        file, record = self.preprocessed / dataset.name / "splits_final.json", self.root / "folds.json"
+        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+        if [count, seed] not in known:
+            known.append([count, seed])
+            _write(file, json.dumps([split.fold(*key) for key in known], indent=1))
+            _write(record, json.dumps(known) + "\n")
+        return int(known.index([count, seed]))
+
+    def write_trainers(self, steps: Mapping[str, int], finetuning_steps: int) -> None:
+        """Writes the trainers of this benchmark, each a few lines.
+
+        Args:
+            steps: method -> steps of its pretraining; 0 while they are not known.
+            finetuning_steps: of every finetuning.
+        """
+        _write(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps))
+
+
+def pretraining_trainer(method: str, steps: int) -> str:
+    """Name of the trainer of a method for a number of steps."""
+    return f"{METHODS[method]}_{steps}steps"
+
+
+def calibration_trainer(method: str) -> str:
+    """Name of the trainer that measures how long a step takes."""
+    return f"{METHODS[method]}_calibration"
+
+
+def finetuning_trainer(schedule: str, steps: int) -> str:
+    """Name of the trainer of a finetuning schedule for a number of steps."""
+    return f"{SCHEDULES[schedule]}_{steps}steps"
+
+
+def trainers_source(steps: Mapping[str, int], finetuning_steps: int) -> str:
+    """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options."""
+    modules = sorted({trainer_module(METHODS[method]) for method in steps} | {"finetune"})
+    lines = [
+        '"""Trainers of one benchmark, written by nnssl_stc3d benchmark."""',
+        "",
+        "import torch",
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer",
+        "",
+        *(f"from nnssl_stc3d.trainers import {module}" for module in modules),
+    ]
+    for method, number in steps.items():
+        parent = f"{trainer_module(METHODS[method])}.{METHODS[method]}"
+        lines += _subclass(calibration_trainer(method), parent, 2, CALIBRATION_STEPS, 1)
+        if number:
+            lines += _subclass(pretraining_trainer(method, number), parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS)
+    per_epoch = finetuning_steps // EPOCHS
+    ours = finetuning_trainer("stc3d", finetuning_steps)
+    lines += _subclass(ours, f"finetune.{SCHEDULES['stc3d']}", EPOCHS, per_epoch, VALIDATION_STEPS)
+    lines += [
+        "",
+        "",
+        f"class {finetuning_trainer('stock', finetuning_steps)}({SCHEDULES['stock']}):",
+        "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
+        "        super().__init__(plans, configuration, fold, dataset_json, device)",
+        f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {per_epoch}",
+        f"        self.num_val_iterations_per_epoch = {VALIDATION_STEPS}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _subclass(name: str, parent: str, epochs: int, steps: int, validation_steps: int) -> list[str]:
+    """Lines of a trainer of another length."""
+    return [
+        "",
+        "",
+        f"class {name}({parent}):",
+        f"    epochs, steps_per_epoch, validation_steps = {epochs}, {steps}, {validation_steps}",
+    ]
+
+
+def trainer_module(trainer: str) -> str:
+    """Module of nnssl_stc3d.trainers that has a trainer."""
+    return re.split(r"(?:Paper|Official)?PretrainTrainer", trainer)[0].lower()
+
+
+def environment(workspace: Workspace, start: str, threads: int, workers: int) -> dict[str, str]:
+    """Variables of a run, besides those of this process.
+
+    Args:
+        workspace: of the benchmark.
+        start: "scratch" or a method.
+        threads: CPU threads of the run, 0 for nnU-Net's own choice.
+        workers: nnUNet_n_proc_DA.
+    """
+    own = {
+        "nnUNet_raw": str(workspace.root / "nnUNet_raw"),
+        "nnUNet_preprocessed": str(workspace.preprocessed),
+        "nnUNet_results": str(workspace.results(start)),
+        "nnUNet_extTrainer": str(workspace.trainers),
+        "nnUNet_n_proc_DA": str(workers),
+        "MPLBACKEND": "Agg",
+        # Idle threads that spin slow down the runs beside them.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    if threads:
+        own |= {"OMP_NUM_THREADS": str(threads), "nnUNet_def_n_proc": str(threads)}
+    return own
+
+
+def _link(files: Iterable[Path], folder: Path) -> None:
+    """Links files into a folder; links that are there stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"expected the file {file}, which does not exist. Preprocess the dataset again.")
+        link = folder / file.name
+        if not link.is_symlink() and not link.exists():
+            link.symlink_to(file.resolve())
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes a file that runs may be reading at the same time."""
+    if file.is_file() and file.read_text(encoding="utf-8") == text:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
