@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from nnssl_stc3d.cli.datasets import find_dataset_folder, preprocessed_folder
-from nnssl_stc3d.evaluation.benchmark.design import METHODS, SCHEDULES, SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, SCRATCH
+from nnssl_stc3d.evaluation.benchmark.perturb import STRENGTHS
 
 DESCRIPTION = """\
 Compares pretraining methods with training from scratch when few cases are labelled. Test cases are drawn first; no
@@ -17,9 +18,10 @@ are kept, so the same command continues after an interruption, and more methods,
 
 The dataset has to be planned and preprocessed; its own folders are only read. Without --pretrain-dataset the
 pretraining sees the images of the dataset's own development cases. Choices (options, methods) are made with
---cases validation.
+--cases validation, as --ablation does by itself.
 
   nnssl_stc3d benchmark -d 4 --methods scratch,stc3d,voco --labels 10,20 --seeds 5 --budget 30min -o BENCHMARK
+  nnssl_stc3d benchmark -d 4 --ablation regulariser --labels 10 --seeds 5 --budget 30min -o BENCHMARK
 """
 
 
@@ -33,7 +35,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("-c", dest="configuration", default="3d_fullres", help="configuration (default: %(default)s)")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: %(default)s)")
     methods_help = f"of {', '.join([SCRATCH, *METHODS])} (default: %(default)s)"
-    parser.add_argument("--methods", default="scratch,stc3d", help=methods_help)
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument("--methods", default="scratch,stc3d", help=methods_help)
+    compared.add_argument(
+        "--ablation", choices=ABLATIONS, help="compare variants as the papers do, on validation cases"
+    )
+    parser.add_argument(
+        "--set", dest="options", action="append", default=[], metavar="METHOD.OPTION=VALUE",
+        help="change an option of a method, such as vox2vec.points=100",
+    )  # fmt: skip
     parser.add_argument(
         "--labels", default="5,10,20,100%", help="labelled cases, or shares of those that may be (default: %(default)s)"
     )
@@ -49,7 +59,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--test-cases", type=int, help="default: a quarter of the cases")
     parser.add_argument("--validation-cases", type=int, help="default: a sixth of the cases")
     parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--cases", choices=["test", "validation"], default="test", help="what is predicted")
+    parser.add_argument(
+        "--cases", choices=["test", "validation"], help="what is predicted (default: test, validation for --ablation)"
+    )
+    parser.add_argument(
+        "--robustness", default="", help=f"predict perturbed copies of the cases, too: {','.join(STRENGTHS)}"
+    )
+    parser.add_argument(
+        "--nsd-tolerance", type=float, default=1.0, metavar="MM",
+        help="of normalised surface Dice, which needs MONAI; 0 leaves it out (default: %(default)s mm)",
+    )  # fmt: skip
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda")
     parser.add_argument("--gpus", default="", help="spread runs over these, such as 0,1")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on each GPU (default: %(default)s)")
@@ -80,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
             configuration=args.configuration,
             plans=args.plans,
             methods=tuple(args.methods.split(",")),
+            ablation=args.ablation,
+            options=tuple(args.options),
             labels=tuple(args.labels.split(",")),
             seeds=args.seeds,
             budget=args.budget,
@@ -89,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             validation_cases=args.validation_cases,
             split_seed=args.split_seed,
             cases=args.cases,
+            robustness=tuple(p for p in args.robustness.split(",") if p),
+            tolerance=args.nsd_tolerance,
             device=args.device,
             gpus=tuple(g for g in args.gpus.split(",") if g),
             jobs=args.jobs,

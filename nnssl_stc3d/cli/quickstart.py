@@ -265,7 +265,10 @@ def _collect(
             name,
             raw / "imagesTs" / f"{name}_0000{ending}",
             raw / "labelsTs" / f"{name}{ending}",
-            *(paths.predictions_of(arm) / f"{name}{ending}" for arm in ("scratch", "pretrained")),
+            {
+                title: paths.predictions_of(arm) / f"{name}{ending}"
+                for title, arm in (("from scratch", "scratch"), ("pretrained", "pretrained"))
+            },
         )
         for name in data.test[:SHOWN_CASES]
     ]

@@ -43,15 +43,13 @@ class Overlay:
         name: identifier.
         image: first channel.
         truth: reference segmentation.
-        scratch: prediction of the model from scratch.
-        pretrained: prediction of the pretrained model.
+        predictions: title -> predicted segmentation.
     """
 
     name: str
     image: Path
     truth: Path
-    scratch: Path
-    pretrained: Path
+    predictions: Mapping[str, Path]
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, NDArray[Any]]:
@@ -170,26 +168,25 @@ def _read(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
 
 
 def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -> bytes:
-    """One row per test case: the image, the truth and both predictions, in the axial slice with most labelled voxels.
+    """One row per test case: the image, the truth and predictions, in the axial slice with most labelled voxels.
 
     Args:
-        cases: test cases.
+        cases: test cases, with predictions of the same models.
         labels: organ -> value in the label maps, without the background.
         is_ct: uses a soft tissue window instead of the image's percentiles.
     """
     width = 2.7
-    figure, axes = new_figure(4 * width, width * 0.92 * len(cases) + 0.5, len(cases), 4)
+    titles = ("image", "truth", *(cases[0].predictions if cases else ()))
+    figure, axes = new_figure(len(titles) * width, width * 0.92 * len(cases) + 0.5, len(cases), len(titles))
     highest = max(labels.values(), default=1)
     colours = ListedColormap([LABEL_COLOURS[i % len(LABEL_COLOURS)] for i in range(highest)])
     for row, case in zip(axes, cases, strict=True):
         image, spacing = _read(case.image)
-        maps = [_read(path)[0] for path in (case.truth, case.scratch, case.pretrained)]
+        maps = [_read(path)[0] for path in (case.truth, *case.predictions.values())]
         truth = maps[0]
         index = int((truth > 0).sum(axis=(1, 2)).argmax())
         low, high = (-160.0, 240.0) if is_ct else np.percentile(image, (1, 99))
-        for axis, title, label in zip(
-            row, ("image", "truth", "from scratch", "pretrained"), (None, *maps), strict=True
-        ):
+        for axis, title, label in zip(row, titles, (None, *maps), strict=True):
             axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             if label is not None:
                 shown = np.ma.masked_equal(label[index], 0)

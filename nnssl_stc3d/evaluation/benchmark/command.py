@@ -7,28 +7,35 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from nnssl_stc3d.evaluation.benchmark.design import (
-    METHODS,
+from tqdm import tqdm
+
+from nnssl_stc3d.evaluation.benchmark import surface_dice
+from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fixed_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
+from nnssl_stc3d.evaluation.benchmark.methods import (
+    ABLATIONS,
     SCHEDULES,
     SCRATCH,
-    Budget,
-    Split,
-    draw_split,
-    fixed_split,
-    label_counts,
+    Method,
+    find_methods,
+    with_options,
 )
-from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
-from nnssl_stc3d.evaluation.benchmark.report import markdown, write_report
-from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, Run, Settings, plan_runs
+from nnssl_stc3d.evaluation.benchmark.perturb import perturbed_kinds, write_perturbed
+from nnssl_stc3d.evaluation.benchmark.report import write_report
+from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings, plan_runs
+from nnssl_stc3d.evaluation.benchmark.tables import markdown
 from nnssl_stc3d.evaluation.benchmark.workspace import (
+    CALIBRATION,
     CALIBRATION_STEPS,
     EPOCHS,
     Dataset,
     Workspace,
-    calibration_trainer,
+    trainers_source,
+    write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
 
@@ -44,6 +51,8 @@ class Options:
     configuration: str
     plans: str
     methods: tuple[str, ...]
+    ablation: str | None
+    options: tuple[str, ...]
     labels: tuple[str, ...]
     seeds: int
     budget: str
@@ -52,7 +61,9 @@ class Options:
     test_cases: int | None
     validation_cases: int | None
     split_seed: int
-    cases: str
+    cases: str | None
+    robustness: tuple[str, ...]
+    tolerance: float
     device: str
     gpus: tuple[str, ...]
     jobs: int
@@ -71,52 +82,69 @@ def benchmark(options: Options) -> int:
     Raises:
         ValueError: options that cannot be, before anything is written.
     """
-    budget = _check(options)
+    budget, methods, scratch, cases = _check(options)
+    perturbed = perturbed_kinds(options.robustness)
     target = _dataset(options.target, options.target_raw, options)
     pretraining = _dataset(options.pretraining, None, options) if options.pretraining else None
-    cases = target.cases()
-    test = options.test_cases or max(1, round(len(cases) / 4))
-    validation = options.validation_cases or max(1, round(len(cases) / 6))
-    labels = label_counts(options.labels, len(draw_split(cases, test, validation, options.split_seed).pool))
+    names = target.cases()
+    test = options.test_cases or max(1, round(len(names) / 4))
+    validation = options.validation_cases or max(1, round(len(names) / 6))
+    labels = label_counts(options.labels, len(draw_split(names, test, validation, options.split_seed).pool))
+    plan = partial(
+        plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
+    )
     if options.dry_run:
-        _print_plan(options, labels, budget)
+        _print_plan(plan(steps=dict.fromkeys(methods, 0)), options, budget)
         return 0
-    split = fixed_split(options.output / "split.json", cases, test, validation, options.split_seed)
+    split = fixed_split(options.output / "split.json", names, test, validation, options.split_seed)
     workspace = Workspace(options.output)
     workspace.link_datasets(target, split, pretraining)
     settings = Settings(
-        workspace, target, pretraining or target, split, options.device, options.mirroring, options.cases,
+        workspace, target, pretraining or target, split, options.device, options.mirroring, cases,
         options.finetuning_steps,
     )  # fmt: skip
-    steps = _steps(options, settings, budget)
+    for perturbation, level in tqdm(perturbed, desc="perturbing cases", disable=not perturbed):
+        copies = workspace.cases(f"{cases}-{perturbation}-{level}")
+        write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
+    steps = _steps(methods, options, settings, budget)
     workspace.write_trainers(steps, options.finetuning_steps)
-    runs = plan_runs(options.methods, steps, options.schedules, labels, range(options.seeds))
+    runs = plan(steps=steps)
     failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
-    folder = options.output / "report" / options.cases
-    rows = write_report(runs, settings, _facts(options, settings, split, steps, budget), folder)
-    print(f"\n{markdown(rows)}\nWrote {folder / 'index.html'}")
+    folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
+    tolerance = options.tolerance if surface_dice.is_available() else 0.0
+    rows = write_report(runs, settings, _facts(options, settings, steps, budget), folder, tolerance)
+    print(f"\n{markdown(rows, 'Dice')}\nWrote {folder / 'index.html'}")
+    if options.tolerance and not tolerance:
+        print(f"Left out: {surface_dice.MISSING}")
     for failure in failures:
         print(failure, file=sys.stderr)
     return 1 if failures else 0
 
 
-def _check(options: Options) -> Budget:
-    """Refuses what cannot be; returns the budget."""
-    for what, wanted, known in (
-        ("methods", options.methods, [SCRATCH, *METHODS]),
-        ("finetuning schedules", options.schedules, list(SCHEDULES)),
-    ):
-        unknown = [name for name in wanted if name not in known]
-        if unknown or not wanted or len(set(wanted)) < len(wanted):
-            raise ValueError(f"expected different {what} of {', '.join(known)}, got {', '.join(wanted) or 'none'}")
+def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
+    """Refuses what cannot be; returns the budget, the methods, whether scratch is compared, and which cases."""
+    if options.ablation and options.cases == "test":
+        raise ValueError("an ablation is for choosing, so it is evaluated on validation cases: leave --cases test out")
+    names = [m.name for m in ABLATIONS[options.ablation]] if options.ablation else list(options.methods)
+    methods = with_options(find_methods(names), options.options)
+    unknown = [name for name in options.schedules if name not in SCHEDULES]
+    if unknown or not options.schedules or len(set(options.schedules)) < len(options.schedules):
+        raise ValueError(
+            f"expected different ways of finetuning of {', '.join(SCHEDULES)}, got "
+            f"{', '.join(options.schedules) or 'none'}"
+        )
     if min(options.seeds, options.jobs) < 1:
         raise ValueError(f"expected at least one seed and one job, got {options.seeds} and {options.jobs}")
+    if options.tolerance < 0:
+        raise ValueError(f"--nsd-tolerance is a distance in mm, or 0 to leave it out, got {options.tolerance}")
     if options.finetuning_steps < EPOCHS or options.finetuning_steps % EPOCHS:
         raise ValueError(f"--finetuning-steps must be a multiple of {EPOCHS}, got {options.finetuning_steps}")
     budget = Budget.parse(options.budget)
     if not budget.seconds and (budget.amount < EPOCHS or budget.amount % EPOCHS):
         raise ValueError(f"a budget in steps must be a multiple of {EPOCHS}, got {options.budget}")
-    return budget
+    trainers_source(dict.fromkeys(methods, 0), options.finetuning_steps)
+    cases = options.cases or ("validation" if options.ablation else "test")
+    return budget, methods, bool(options.ablation) or SCRATCH in options.methods, cases
 
 
 def _dataset(preprocessed: Path, raw: Path | None, options: Options) -> Dataset:
@@ -135,70 +163,68 @@ def _dataset(preprocessed: Path, raw: Path | None, options: Options) -> Dataset:
     return Dataset(raw, preprocessed, plans, options.configuration)
 
 
-def _steps(options: Options, settings: Settings, budget: Budget) -> dict[str, int]:
+def _steps(methods: Sequence[Method], options: Options, settings: Settings, budget: Budget) -> dict[Method, int]:
     """Steps of each method's pretraining. A budget in seconds is translated once, by measuring a few steps."""
-    methods = [m for m in options.methods if m != SCRATCH]
     if not budget.seconds:
         return dict.fromkeys(methods, int(budget.amount))
     file = options.output / "seconds_per_step.json"
     measured: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps)
     for method in methods:
-        if method not in measured:
-            measured[method] = _seconds_per_step(method, options, settings)
-            print(f"{method}: {measured[method]:.3g} s a step")
-            file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    return {m: max(1, round(budget.amount / measured[m] / EPOCHS)) * EPOCHS for m in methods}
+        if method.key not in measured:
+            measured[method.key] = _seconds_per_step(method, options, settings)
+            print(f"{method.name}: {measured[method.key]:.3g} s a step")
+            write_whole(file, json.dumps(measured, indent=1) + "\n")
+    return {m: max(1, round(budget.amount / measured[m.key] / EPOCHS)) * EPOCHS for m in methods}
 
 
-def _seconds_per_step(method: str, options: Options, settings: Settings) -> float:
+def _seconds_per_step(method: Method, options: Options, settings: Settings) -> float:
     """Seconds of a pretraining step, validation included, measured alone in the second epoch of a short run."""
-    trainer, start = calibration_trainer(method), f"{method}/calibration"
+    trainer, start = method.trainer_name(CALIBRATION), f"{method.key}/{CALIBRATION}"
     dataset = settings.pretraining
     words = ["nnUNetv2_train", dataset.number, dataset.configuration, "all", "-p", options.plans, "-tr", trainer]
-    log = options.output / "logs" / f"{method}-calibration.log"
+    log = options.output / "logs" / f"{method.key}-{CALIBRATION}.log"
     gpu = options.gpus[0] if options.gpus else ""
     call([*words, "-device", options.device], settings, start, log, 0, options.threads, options.workers, gpu)
     model = f"{trainer}__{options.plans}__{dataset.configuration}"
-    return (
-        read_epoch_seconds(settings.workspace.results(start) / dataset.name / model / "fold_all")[-1]
-        / CALIBRATION_STEPS
-    )
+    folder = settings.workspace.results(start) / dataset.name / model / "fold_all"
+    return read_epoch_seconds(folder)[-1] / CALIBRATION_STEPS
 
 
-def _print_plan(options: Options, labels: Sequence[int], budget: Budget) -> None:
+def _print_plan(runs: Sequence[Run], options: Options, budget: Budget) -> None:
     """Prints the runs and what they cost."""
-    steps = dict.fromkeys((m for m in options.methods if m != SCRATCH), EPOCHS)
-    runs: list[Run] = plan_runs(options.methods, steps, options.schedules, labels, range(options.seeds))
-    finetunings = [run for run in runs if isinstance(run, Finetuning)]
+    pretrainings = [run for run in runs if isinstance(run, Pretraining)]
+    finetunings = sum(isinstance(run, Finetuning) for run in runs)
     for run in runs:
-        print(run.name)
-    pretrainings = len(runs) - len(finetunings)
+        print(f"{run.method.described()}, seed {run.seed}" if isinstance(run, Pretraining) else f"  {run.name}")
     print(
-        f"\n{pretrainings} pretrainings of {budget} each, {len(finetunings)} finetunings of {options.finetuning_steps} "
-        f"steps each ({options.finetuning_steps * len(finetunings)} steps in all), {options.jobs} side by side."
+        f"\n{len(pretrainings)} pretrainings of {budget} each, {finetunings} finetunings of "
+        f"{options.finetuning_steps} steps each ({options.finetuning_steps * finetunings} steps in all), "
+        f"{sum(isinstance(run, PerturbedPrediction) for run in runs)} predictions of perturbed cases; "
+        f"{options.jobs * max(1, len(options.gpus))} side by side."
     )
     if budget.seconds:
-        print(f"The pretrainings take {pretrainings * budget.amount / 3600 / options.jobs:.2g} hours.")
+        hours = len(pretrainings) * budget.amount / 3600 / (options.jobs * max(1, len(options.gpus)))
+        print(f"The pretrainings take {hours:.2g} hours.")
 
 
-def _facts(options: Options, settings: Settings, split: Split, steps: dict[str, int], budget: Budget) -> dict[str, str]:
+def _facts(options: Options, settings: Settings, steps: dict[Method, int], budget: Budget) -> dict[str, str]:
     """What the page says about the benchmark."""
+    split = settings.split
     pretrained_on = (
         f"{settings.pretraining.name}, {len(settings.pretraining.cases())} cases"
         if options.pretraining
         else f"images of the {len(split.development)} development cases"
     )
-    lengths = ", ".join(f"{method} {count}" for method, count in steps.items()) or "none"
-    facts = {
+    lengths = "; ".join(f"{method.described()} {count}" for method, count in steps.items()) or "none"
+    return {
         "cases": f"{len(split.test)} test, {len(split.validation)} validation, {len(split.pool)} to label",
-        "shown here": f"{options.cases} cases, predicted {'with' if options.mirroring else 'without'} mirroring",
+        "shown here": f"{settings.cases} cases, predicted {'with' if options.mirroring else 'without'} mirroring",
         "pretrained on": pretrained_on,
         "budget of a pretraining": f"{budget}; steps: {lengths}",
         "finetuning": f"{options.finetuning_steps} steps, {', '.join(options.schedules)}",
         "plans": f"{options.plans}, {options.configuration}, as they were before the split was drawn",
         "device": options.device,
         "versions": ", ".join(f"{name} {version(name)}" for name in ("nnssl_stc3d", "nnunetv2", "torch")),
-        "command": shlex.join(sys.argv[1:]),
+        "command": shlex.join(["nnssl_stc3d", *sys.argv[1:]]),
     }
-    return facts

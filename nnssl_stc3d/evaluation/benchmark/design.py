@@ -1,4 +1,4 @@
-"""What a benchmark compares: methods, labelled cases, seeds, and who may be seen by what."""
+"""Which cases a benchmark shows to whom, how many are labelled, and how long pretraining is."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-SCRATCH = "scratch"
-# Method on the command line -> its pretraining trainer.
-METHODS = {
-    "stc3d": "STC3DPretrainTrainer",
-    "stc3d-paper": "STC3DPaperPretrainTrainer",
-    "voco": "VoCoPretrainTrainer",
-    "pimpic": "PiMPiCPretrainTrainer",
-    "vox2vec": "Vox2VecPretrainTrainer",
-    "alice": "AlicePretrainTrainer",
-}
-# Finetuning schedule -> trainer.
-SCHEDULES = {"stc3d": "STC3DFinetuneTrainer", "stock": "nnUNetTrainer"}
 # nnU-Net validates every validation case of a fold after training; a few keep that cheap.
 CASES_VALIDATED_IN_TRAINING = 4
 

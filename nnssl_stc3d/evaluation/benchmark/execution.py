@@ -15,17 +15,18 @@ from time import time
 
 from tqdm import tqdm
 
-from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, Run, Settings
-from nnssl_stc3d.evaluation.benchmark.workspace import environment
+from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
+from nnssl_stc3d.evaluation.benchmark.runs import Run, Settings
+from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
 from nnssl_stc3d.evaluation.commands import find_program
 
 TAIL_LINES = 15
 _COMMANDS_LOCK = threading.Lock()
 
 
-def seconds_file(run: Run, settings: Settings) -> Path:
-    """Where the seconds of a run's commands are kept."""
-    return settings.workspace.root / "seconds" / f"{run.name}-{settings.cases}.json"
+def cost_file(run: Run, settings: Settings) -> Path:
+    """Where is kept what a run's commands took: command -> {"seconds": ..., "joules": ... or null}."""
+    return settings.workspace.root / "cost" / f"{run.name}-{settings.cases}.json"
 
 
 def call(
@@ -72,16 +73,37 @@ def call(
     return time() - begin
 
 
-def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str) -> None:
-    """Does what is missing of a run."""
+def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str, alone: bool) -> None:
+    """Does what is missing of a run.
+
+    Args:
+        run: to finish.
+        settings: of the benchmark.
+        threads: CPU threads.
+        workers: nnUNet_n_proc_DA.
+        gpu: CUDA_VISIBLE_DEVICES.
+        alone: no other run uses that GPU, so that what it uses can be told.
+    """
     log = settings.workspace.root / "logs" / f"{run.name}-{settings.cases}.log"
-    file = seconds_file(run, settings)
-    seconds = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = cost_file(run, settings)
+    cost = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
-        taken = call(words, settings, run.start, log, run.seed, threads, workers, gpu)
-        seconds[words[0]] = round(taken + (seconds.get(words[0], 0.0) if "--c" in words else 0.0), 1)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(seconds), encoding="utf-8")
+        before = gpu_joules(gpu) if metered else None
+        seconds = call(words, settings, run.start, log, run.seed, threads, workers, gpu)
+        after = gpu_joules(gpu) if metered else None
+        joules = None if before is None or after is None else after - before
+        cost[words[0]] = _continued(cost.get(words[0]) if "--c" in words else None, seconds, joules)
+        write_whole(file, json.dumps(cost) + "\n")
+
+
+def _continued(
+    earlier: dict[str, float | None] | None, seconds: float, joules: float | None
+) -> dict[str, float | None]:
+    """Cost of a command with that of what it continued."""
+    first = earlier or {"seconds": 0.0, "joules": 0.0}
+    both = None if joules is None or first["joules"] is None else round(first["joules"] + joules, 1)
+    return {"seconds": round((first["seconds"] or 0.0) + seconds, 1), "joules": both}
 
 
 def execute_all(
@@ -90,7 +112,7 @@ def execute_all(
     """Executes runs under one progress line with the time left; a failure stops only what starts from it.
 
     Args:
-        runs: pretrainings before what starts from them.
+        runs: each after what it waits for.
         settings: of the benchmark.
         threads: CPU threads of each run.
         workers: nnUNet_n_proc_DA of each run.
@@ -103,7 +125,7 @@ def execute_all(
     waiting = [run for run in runs if run.commands(settings)]
     slots = [gpu for gpu in gpus or [""] for _ in range(jobs)]
     failures: list[str] = []
-    failed: set[Run] = set()
+    failed: set[Run | None] = set()
     running: dict[Future[None], tuple[Run, str]] = {}
     with (
         ThreadPoolExecutor(len(slots)) as pool,
@@ -111,18 +133,16 @@ def execute_all(
     ):
         try:
             while waiting or running:
-                for orphan in [r for r in waiting if isinstance(r, Finetuning) and r.pretraining in failed]:
+                for orphan in [r for r in waiting if r.after in failed]:
                     waiting.remove(orphan)
-                    failures.append(f"{orphan.name}: left out, its pretraining failed")
+                    failed.add(orphan)
+                    failures.append(f"{orphan.name}: left out, {orphan.after.name} failed")
                     bar.update()
-                busy = {run for run, _ in running.values()}
-                ready = [
-                    run for run in waiting if not (isinstance(run, Finetuning) and run.pretraining in {*waiting, *busy})
-                ]
-                for run in ready[: len(slots)]:
+                unfinished = {*waiting, *(run for run, _ in running.values())}
+                for run in [r for r in waiting if r.after not in unfinished | failed][: len(slots)]:
                     waiting.remove(run)
                     gpu = slots.pop()
-                    running[pool.submit(execute, run, settings, threads, workers, gpu)] = (run, gpu)
+                    running[pool.submit(execute, run, settings, threads, workers, gpu, jobs == 1)] = (run, gpu)
                 if not running:
                     continue
                 bar.set_postfix_str(", ".join(run.name for run, _ in running.values()))

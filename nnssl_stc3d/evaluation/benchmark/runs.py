@@ -1,18 +1,14 @@
-"""The runs of a benchmark: which commands, in which order, and what is done already."""
+"""The runs of a benchmark: which commands, what they wait for, and what is done already."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nnssl_stc3d.evaluation.benchmark.design import SCRATCH, Split
-from nnssl_stc3d.evaluation.benchmark.workspace import (
-    Dataset,
-    Workspace,
-    finetuning_trainer,
-    pretraining_trainer,
-)
+from nnssl_stc3d.evaluation.benchmark.design import Split
+from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH, Method
+from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, finetuning_trainer
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Settings:
         split: the target's cases.
         device: nnU-Net's -device.
         mirroring: predict with test-time mirroring.
-        cases: "test" or "validation".
+        cases: what is predicted, "test" or "validation", or a perturbed copy such as "test-noise-low".
         finetuning_steps: of every finetuning.
     """
 
@@ -45,28 +41,34 @@ class Pretraining:
     """One pretraining.
 
     Attributes:
-        method: its name.
+        method: what is pretrained.
         steps: its length.
         seed: of initialisation; batches follow from the method's own seed and differ by it only in a method's dropout.
     """
 
-    method: str
+    method: Method
     steps: int
     seed: int
 
     @property
     def name(self) -> str:
         """For logs and progress."""
-        return f"{self.method}-pretraining-seed{self.seed}"
+        return f"{self.method.key}-pretraining-{self.steps}steps-seed{self.seed}"
 
     @property
     def start(self) -> str:
-        """Folder of results."""
-        return f"{self.method}/seed{self.seed}"
+        """Folder of results, its own for each length and options."""
+        return f"{self.method.key}/{self.steps}steps/seed{self.seed}"
+
+    @property
+    def after(self) -> None:
+        """It waits for nothing."""
+        return None
 
     def checkpoint(self, settings: Settings) -> Path:
         """What it writes at its end."""
-        trainer, plans = pretraining_trainer(self.method, self.steps), settings.pretraining.plans["plans_name"]
+        trainer = self.method.trainer_name(f"{self.steps}steps")
+        plans = settings.pretraining.plans["plans_name"]
         model = f"{trainer}__{plans}__{settings.pretraining.configuration}"
         folder = settings.workspace.results(self.start) / settings.pretraining.name / model
         return folder / "fold_all" / "checkpoint_final.pth"
@@ -77,7 +79,8 @@ class Pretraining:
         if checkpoint.is_file():
             return []
         train = ["nnUNetv2_train", settings.pretraining.number, settings.pretraining.configuration, "all"]
-        train += ["-p", settings.pretraining.plans["plans_name"], "-tr", pretraining_trainer(self.method, self.steps)]
+        train += ["-p", settings.pretraining.plans["plans_name"], "-tr"]
+        train += [self.method.trainer_name(f"{self.steps}steps")]
         train += ["-device", settings.device]
         return [train + (["--c"] if checkpoint.with_name("checkpoint_latest.pth").is_file() else [])]
 
@@ -99,9 +102,14 @@ class Finetuning:
     seed: int
 
     @property
+    def after(self) -> Pretraining | None:
+        """What has to be there before it."""
+        return self.pretraining
+
+    @property
     def method(self) -> str:
         """Name of the pretraining's method, or "scratch"."""
-        return self.pretraining.method if self.pretraining else SCRATCH
+        return self.pretraining.method.name if self.pretraining else SCRATCH
 
     @property
     def start(self) -> str:
@@ -111,7 +119,8 @@ class Finetuning:
     @property
     def name(self) -> str:
         """For logs and progress."""
-        return f"{self.method}-{self.schedule}-{self.labels}labels-seed{self.seed}"
+        start = f"{self.pretraining.method.key}-{self.pretraining.steps}steps" if self.pretraining else SCRATCH
+        return f"{start}-{self.schedule}-{self.labels}labels-seed{self.seed}"
 
     def _model(self, settings: Settings) -> str:
         trainer = finetuning_trainer(self.schedule, settings.finetuning_steps)
@@ -120,9 +129,8 @@ class Finetuning:
     def predictions(self, settings: Settings) -> Path:
         """Folder of the predicted cases and of what was measured on them."""
         fold = settings.workspace.fold(settings.target, settings.split, self.labels, self.seed)
-        length = f"{self.pretraining.steps}steps" if self.pretraining else ""
         mirrored = "" if settings.mirroring else "__no_mirroring"
-        folder = settings.workspace.root / "predictions" / self.start / length
+        folder = settings.workspace.root / "predictions" / self.start
         return folder / f"{self._model(settings)}{mirrored}" / f"fold_{fold}" / settings.cases
 
     def is_done(self, settings: Settings) -> bool:
@@ -139,7 +147,10 @@ class Finetuning:
         common = ["-p", plans, "-tr", trainer]
         train = ["nnUNetv2_train", target.number, target.configuration, str(fold), *common]
         train += ["-device", settings.device]
-        if self.pretraining:
+        model = settings.workspace.results(self.start) / target.name / self._model(settings) / f"fold_{fold}"
+        if (model / "checkpoint_latest.pth").is_file():
+            train += ["--c"]
+        elif self.pretraining:
             train += ["-pretrained_weights", str(self.pretraining.checkpoint(settings))]
         images, labels = settings.workspace.cases(settings.cases)
         output = self.predictions(settings)
@@ -150,37 +161,82 @@ class Finetuning:
         predict += [] if settings.mirroring else ["--disable_tta"]
         evaluate = ["nnUNetv2_evaluate_folder", str(labels), str(output), "-np", "1"]
         evaluate += ["-djfile", str(output / "dataset.json"), "-pfile", str(output / "plans.json")]
-        model = settings.workspace.results(self.start) / target.name / self._model(settings) / f"fold_{fold}"
         trained = (model / "checkpoint_final.pth").is_file()
         return ([] if trained else [train]) + [predict, evaluate]
 
 
-Run = Pretraining | Finetuning
+@dataclass(frozen=True)
+class PerturbedPrediction:
+    """Prediction and evaluation of perturbed copies of the cases by a finetuned model.
+
+    Attributes:
+        finetuning: whose model predicts.
+        perturbation: such as "noise".
+        level: such as "low".
+    """
+
+    finetuning: Finetuning
+    perturbation: str
+    level: str
+
+    @property
+    def name(self) -> str:
+        """For logs and progress."""
+        return f"{self.finetuning.name}-{self.perturbation}-{self.level}"
+
+    @property
+    def start(self) -> str:
+        """Folder of results."""
+        return self.finetuning.start
+
+    @property
+    def seed(self) -> int:
+        """Of the finetuning."""
+        return self.finetuning.seed
+
+    @property
+    def after(self) -> Finetuning:
+        """What has to be there before it."""
+        return self.finetuning
+
+    def settings(self, settings: Settings) -> Settings:
+        """The same with the perturbed copies of the cases."""
+        return replace(settings, cases=f"{settings.cases}-{self.perturbation}-{self.level}")
+
+    def commands(self, settings: Settings) -> list[list[str]]:
+        """What is left to do: predict, evaluate."""
+        return self.finetuning.commands(self.settings(settings))
+
+
+Run = Pretraining | Finetuning | PerturbedPrediction
 
 
 def plan_runs(
-    methods: Sequence[str],
-    steps: dict[str, int],
+    scratch: bool,
+    steps: Mapping[Method, int],
     schedules: Sequence[str],
     labels: Sequence[int],
     seeds: Sequence[int],
+    perturbed: Sequence[tuple[str, str]] = (),
 ) -> list[Run]:
     """Lists the runs of a benchmark seed by seed, so that an interrupted one has complete pairs.
 
     Args:
-        methods: "scratch" and names of methods.
+        scratch: train from scratch, too.
         steps: method -> steps of its pretraining.
         schedules: of finetuning.
         labels: numbers of labelled cases.
         seeds: of draws and trainings.
+        perturbed: pairs of perturbation and level, whose cases every finetuned model predicts, too.
 
     Returns:
-        Every pretraining comes before the finetunings that start from it.
+        Every run comes after what it waits for.
     """
     runs: list[Run] = []
     for seed in seeds:
-        for method in methods:
-            pretraining = None if method == SCRATCH else Pretraining(method, steps[method], seed)
+        starts = [None] if scratch else []
+        for pretraining in [*starts, *(Pretraining(method, number, seed) for method, number in steps.items())]:
             runs += [pretraining] if pretraining else []
-            runs += [Finetuning(pretraining, s, count, seed) for s in schedules for count in labels]
+            for finetuning in [Finetuning(pretraining, s, count, seed) for s in schedules for count in labels]:
+                runs += [finetuning, *(PerturbedPrediction(finetuning, *kind) for kind in perturbed)]
     return runs

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from nnssl_stc3d.evaluation.benchmark.design import SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -26,7 +26,8 @@ class Result:
         schedule: of the finetuning.
         labels: number of labelled cases.
         seed: of the run.
-        scores: case -> structure -> score in percent; NaN where neither truth nor prediction has the structure.
+        scores: case -> structure -> Dice or another score in percent; NaN where neither truth nor prediction has the
+            structure.
     """
 
     method: str
@@ -58,7 +59,7 @@ class Row:
         difference_per_seed: for each of these seeds.
         difference_interval: Student's t over these seeds; None for fewer than two.
         p: of a paired t-test over these seeds; None for fewer than two.
-        p_adjusted: the same after Benjamini and Hochberg's correction for all comparisons of the table.
+        p_adjusted: the same after :func:`corrected`.
     """
 
     method: str
@@ -97,7 +98,11 @@ def compare(results: Sequence[Result]) -> list[Row]:
         groups.setdefault((result.schedule, result.labels, result.method), {})[result.seed] = result
     order = list(dict.fromkeys(result.method for result in results))
     keys = sorted(groups, key=lambda k: (k[0], k[1], k[2] != SCRATCH, order.index(k[2])))
-    rows = [_row(*key, groups[key], groups.get((key[0], key[1], SCRATCH), {})) for key in keys]
+    return [_row(*key, groups[key], groups.get((key[0], key[1], SCRATCH), {})) for key in keys]
+
+
+def corrected(rows: Sequence[Row]) -> list[Row]:
+    """Corrects the p-values of one table, by Benjamini and Hochberg, for the number of its comparisons."""
     tested = [row.p for row in rows if row.p is not None]
     adjusted = iter(stats.false_discovery_control(tested)) if tested else iter(())
     return [row if row.p is None else replace(row, p_adjusted=float(next(adjusted))) for row in rows]

@@ -5,9 +5,10 @@ Nothing is written into the user's folders. The test cases are not linked, so th
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_stc3d.evaluation.benchmark.design import METHODS, SCHEDULES, Split
+from nnssl_stc3d.evaluation.benchmark.design import Split
+from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, Method
 
 TRAINERS_FILE = "benchmark_trainers.py"
 # Pretrainings log their monitors as often as this, finetunings validate as often.
 EPOCHS = 10
 VALIDATION_STEPS = 5
+CALIBRATION = "calibration"
 CALIBRATION_STEPS = 20
 
 
@@ -99,6 +102,11 @@ class Workspace:
         """Images and labels of the "test" or "validation" cases."""
         return self.root / kind / "images", self.root / kind / "labels"
 
+    def ending(self, dataset: Dataset) -> str:
+        """File ending of a dataset's images."""
+        file = self.preprocessed / dataset.name / "dataset.json"
+        return str(json.loads(file.read_text(encoding="utf-8"))["file_ending"])
+
     def link_datasets(self, target: Dataset, split: Split, pretraining: Dataset | None = None) -> None:
         """Links what runs may see, and writes folds of their own.
 
@@ -146,28 +154,18 @@ class Workspace:
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
         if [count, seed] not in known:
             known.append([count, seed])
-            _write(file, json.dumps([split.fold(*key) for key in known], indent=1))
-            _write(record, json.dumps(known) + "\n")
+            write_whole(file, json.dumps([split.fold(*key) for key in known], indent=1))
+            write_whole(record, json.dumps(known) + "\n")
         return int(known.index([count, seed]))
 
-    def write_trainers(self, steps: Mapping[str, int], finetuning_steps: int) -> None:
+    def write_trainers(self, steps: Mapping[Method, int], finetuning_steps: int) -> None:
         """Writes the trainers of this benchmark, each a few lines.
 
         Args:
             steps: method -> steps of its pretraining; 0 while they are not known.
             finetuning_steps: of every finetuning.
         """
-        _write(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps))
-
-
-def pretraining_trainer(method: str, steps: int) -> str:
-    """Name of the trainer of a method for a number of steps."""
-    return f"{METHODS[method]}_{steps}steps"
-
-
-def calibration_trainer(method: str) -> str:
-    """Name of the trainer that measures how long a step takes."""
-    return f"{METHODS[method]}_calibration"
+        write_whole(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps))
 
 
 def finetuning_trainer(schedule: str, steps: int) -> str:
@@ -175,25 +173,38 @@ def finetuning_trainer(schedule: str, steps: int) -> str:
     return f"{SCHEDULES[schedule]}_{steps}steps"
 
 
-def trainers_source(steps: Mapping[str, int], finetuning_steps: int) -> str:
-    """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options."""
-    modules = sorted({trainer_module(METHODS[method]) for method in steps} | {"finetune"})
+def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
+    """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options.
+
+    Raises:
+        ValueError: a method has no such option, or not with such a value.
+    """
+    modules = sorted({method.module for method in steps} | {"finetune"})
     lines = [
         '"""Trainers of one benchmark, written by nnssl_stc3d benchmark."""',
+        "",
+        "from dataclasses import replace",
         "",
         "import torch",
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer",
         "",
         *(f"from nnssl_stc3d.trainers import {module}" for module in modules),
+        "from nnssl_stc3d.views.samplers import TransformRanges",
     ]
     for method, number in steps.items():
-        parent = f"{trainer_module(METHODS[method])}.{METHODS[method]}"
-        lines += _subclass(calibration_trainer(method), parent, 2, CALIBRATION_STEPS, 1)
+        parent = f"{method.module}.{method.trainer}"
+        _check_options(method)
+        changes = ", ".join(f"{key}={value!r}" for key, value in method.changes)
+        config = [f"    config = replace({parent}.config, {changes})"] if changes else []
+        lines += _subclass(method.trainer_name(CALIBRATION), parent, 2, CALIBRATION_STEPS, 1) + config
         if number:
-            lines += _subclass(pretraining_trainer(method, number), parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS)
+            name = method.trainer_name(f"{number}steps")
+            lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config
     per_epoch = finetuning_steps // EPOCHS
-    ours = finetuning_trainer("stc3d", finetuning_steps)
-    lines += _subclass(ours, f"finetune.{SCHEDULES['stc3d']}", EPOCHS, per_epoch, VALIDATION_STEPS)
+    for schedule, trainer in SCHEDULES.items():
+        name = finetuning_trainer(schedule, finetuning_steps)
+        if schedule != "stock":
+            lines += _subclass(name, f"finetune.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
     lines += [
         "",
         "",
@@ -206,6 +217,14 @@ def trainers_source(steps: Mapping[str, int], finetuning_steps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _check_options(method: Method) -> None:
+    trainer = getattr(importlib.import_module(f"nnssl_stc3d.trainers.{method.module}"), method.trainer)
+    try:
+        dataclasses.replace(trainer.config, **dict(method.changes))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{method.described()}: {error}") from None
+
+
 def _subclass(name: str, parent: str, epochs: int, steps: int, validation_steps: int) -> list[str]:
     """Lines of a trainer of another length."""
     return [
@@ -214,11 +233,6 @@ def _subclass(name: str, parent: str, epochs: int, steps: int, validation_steps:
         f"class {name}({parent}):",
         f"    epochs, steps_per_epoch, validation_steps = {epochs}, {steps}, {validation_steps}",
     ]
-
-
-def trainer_module(trainer: str) -> str:
-    """Module of nnssl_stc3d.trainers that has a trainer."""
-    return re.split(r"(?:Paper|Official)?PretrainTrainer", trainer)[0].lower()
 
 
 def environment(workspace: Workspace, start: str, threads: int, workers: int) -> dict[str, str]:
@@ -257,8 +271,8 @@ def _link(files: Iterable[Path], folder: Path) -> None:
             link.symlink_to(file.resolve())
 
 
-def _write(file: Path, text: str) -> None:
-    """Writes a file that runs may be reading at the same time."""
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that runs may be reading at the same time: it is there in whole or not at all."""
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,197 @@
+"""What a benchmark can compare: methods, the ablations of the papers, and ways to finetune."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nnssl_stc3d.views.samplers import TransformRanges
+
+SCRATCH = "scratch"
+# Way of finetuning -> trainer.
+SCHEDULES = {"stc3d": "STC3DFinetuneTrainer", "stock": "nnUNetTrainer"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pretraining trainer, with options that differ from its own.
+
+    Attributes:
+        name: on the command line and in tables.
+        trainer: class name.
+        changes: pairs of option and value.
+    """
+
+    name: str
+    trainer: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def module(self) -> str:
+        """Module of nnssl_stc3d.trainers that has the trainer."""
+        return re.split(r"(?:Paper|Official)?PretrainTrainer", self.trainer)[0].lower()
+
+    @property
+    def key(self) -> str:
+        """Name that also tells options apart, for folders."""
+        return f"{self.name}-{self._digest}" if self.changes else self.name
+
+    @property
+    def _digest(self) -> str:
+        return hashlib.sha256(repr(sorted(self.changes)).encode()).hexdigest()[:8]
+
+    def trainer_name(self, length: str) -> str:
+        """Name of the trainer of a length, such as "500steps"."""
+        return "_".join([self.trainer, *([f"options{self._digest}"] if self.changes else []), length])
+
+    def described(self) -> str:
+        """Name and changed options, for people."""
+        changes = ", ".join(f"{key}={value!r}" for key, value in self.changes)
+        return f"{self.name} ({changes})" if changes else self.name
+
+
+_TRAINERS = {
+    "stc3d": "STC3DPretrainTrainer",
+    "stc3d-paper": "STC3DPaperPretrainTrainer",
+    "voco": "VoCoPretrainTrainer",
+    "pimpic": "PiMPiCPretrainTrainer",
+    "vox2vec": "Vox2VecPretrainTrainer",
+    "alice": "AlicePretrainTrainer",
+}
+METHODS = {name: Method(name, trainer) for name, trainer in _TRAINERS.items()}
+
+
+def _variants(method: str, **changes: Mapping[str, Any]) -> list[Method]:
+    return [
+        Method(f"{method}-{name.replace('_', '-')}", _TRAINERS[method], tuple(change.items()))
+        for name, change in changes.items()
+    ]
+
+
+def _transforms(**kept: Any) -> dict[str, Any]:
+    """Only some of the transformations of STC3D's default."""
+    return {"transforms": replace(TransformRanges.none(), **kept)}
+
+
+_DEFAULT = TransformRanges()
+# Each begins with the default or has it among its variants.
+ABLATIONS: dict[str, list[Method]] = {
+    # STC3D Table 5 and VoCo Table 6, around the default and in the paper's form.
+    "losses": [
+        METHODS["stc3d"],
+        *_variants(
+            "stc3d",
+            without_position={"pred_weight": 0.0},
+            without_regulariser={"reg_weight": 0.0},
+            without_dense={"dense_weight": 0.0},
+            dense_only={"pred_weight": 0.0, "reg_weight": 0.0},
+            with_info_nce={"info_nce_weight": 1.0, "info_nce_on": "bins"},
+        ),
+        *_variants(
+            "stc3d-paper",
+            info_nce_only={"pred_weight": 0.0, "reg_weight": 0.0},
+            without_regulariser={"reg_weight": 0.0},
+        ),
+        METHODS["stc3d-paper"],
+        METHODS["voco"],
+        *_variants("voco", without_regulariser={"reg_weight": 0.0}),
+    ],
+    # STC3D Table 6.
+    "transformations": [
+        METHODS["stc3d"],
+        *_variants(
+            "stc3d",
+            no_transformation=_transforms(),
+            rotation=_transforms(rotation=_DEFAULT.rotation),
+            translation=_transforms(translation=_DEFAULT.translation),
+            scaling=_transforms(scaling=_DEFAULT.scaling),
+        ),
+    ],
+    # STC3D Table 7; the default crops at random.
+    "cropping": [
+        METHODS["stc3d"],
+        *_variants(
+            "stc3d",
+            center={"cropping": "center"},
+            edge={"cropping": "edge"},
+            without_regulariser={"reg_weight": 0.0},
+            center_without_regulariser={"cropping": "center", "reg_weight": 0.0},
+            edge_without_regulariser={"cropping": "edge", "reg_weight": 0.0},
+        ),
+    ],
+    # The forms that STC3D's text allows; the default is the discrepancy between bases.
+    "regulariser": [
+        METHODS["stc3d"],
+        *_variants(
+            "stc3d",
+            without_regulariser={"reg_weight": 0.0},
+            overlap_weighted={"reg_form": "overlap_weighted"},
+            eq12={"reg_form": "eq12"},
+        ),
+    ],
+    # VoCo Table 7, and the default's own bases.
+    "bases": [
+        METHODS["stc3d"],
+        *_variants("stc3d", **{f"{z}x{y}x{x}": {"grid": (z, y, x)} for z, y, x in [(1, 3, 3), (1, 4, 4)]}),
+        METHODS["voco"],
+        *_variants(
+            "voco",
+            **{f"{z}x{y}x{x}": {"grid": (z, y, x)} for z, y, x in [(1, 2, 2), (1, 3, 3), (1, 4, 4), (1, 5, 5)]},
+        ),
+    ],
+    # VoCo Table 10 and STC3D Eq. 13.
+    "lambda": [
+        METHODS["stc3d"],
+        *_variants("stc3d", lambda_0_5={"reg_weight": 0.5}, lambda_1_5={"reg_weight": 1.5}),
+        METHODS["voco"],
+        *_variants("voco", lambda_0_5={"reg_weight": 0.5}, lambda_1_5={"reg_weight": 1.5}),
+    ],
+}
+
+
+def with_options(methods: Sequence[Method], options: Sequence[str]) -> list[Method]:
+    """Changes options of methods.
+
+    Args:
+        methods: to compare.
+        options: such as "vox2vec.points=100": the name of a method, an option of its configuration, a Python literal.
+
+    Raises:
+        ValueError: an option that cannot be read, or of a method that is not compared.
+    """
+    changed = {method.name: method for method in methods}
+    for option in options:
+        match = re.fullmatch(r"([\w-]+)\.(\w+)=(.+)", option)
+        if not match or match[1] not in changed:
+            raise ValueError(
+                f"expected METHOD.OPTION=VALUE with a method of {', '.join(changed) or 'none'}, such as "
+                f"vox2vec.points=100, got {option!r}"
+            )
+        try:
+            value = ast.literal_eval(match[3])
+        except (ValueError, SyntaxError):
+            value = match[3]
+        method = changed[match[1]]
+        changes = {**dict(method.changes), match[2]: tuple(value) if isinstance(value, list) else value}
+        changed[match[1]] = replace(method, changes=tuple(changes.items()))
+    return list(changed.values())
+
+
+def find_methods(names: Sequence[str]) -> list[Method]:
+    """Methods by name, in their order; "scratch" is none of them.
+
+    Raises:
+        ValueError: an unknown name, one twice, or none.
+    """
+    known = METHODS | {method.name: method for ablation in ABLATIONS.values() for method in ablation}
+    unknown = [name for name in names if name not in known and name != SCRATCH]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"expected different methods of {', '.join([SCRATCH, *METHODS])}, or variants of an ablation such as "
+            f"{ABLATIONS['losses'][1].name}, got {', '.join(names) or 'none'}"
+        )
+    return [known[name] for name in names if name != SCRATCH]

@@ -1,0 +1,103 @@
+"""Normalised surface Dice of predicted cases, by MONAI.
+
+Nikolov et al., "Clinically applicable segmentation of head and neck anatomy for radiotherapy", 2021: the share of both
+surfaces that lies within a tolerance of the other. As in DeepMind's implementation, surfaces are weighed by their area.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+
+from nnssl_stc3d.evaluation.benchmark.workspace import write_whole
+
+MISSING = "normalised surface Dice needs MONAI: pip install 'nnssl_stc3d[monai]'"
+Structures = Mapping[str, int | Sequence[int]]
+
+
+def is_available() -> bool:
+    """Whether MONAI is installed."""
+    return importlib.util.find_spec("monai") is not None
+
+
+def surface_dice(truth: Path, prediction: Path, structures: Structures, tolerance: float) -> dict[str, float]:
+    """Normalised surface Dice of one case.
+
+    Args:
+        truth: reference label map.
+        prediction: predicted label map on the same grid.
+        structures: structure -> its value in the label maps, or values for a region.
+        tolerance: distance in mm up to which a surface counts as met.
+
+    Returns:
+        Structure -> score of 0 to 1; NaN where neither map has the structure, 0 where one has it.
+
+    Raises:
+        ValueError: MONAI is missing, or the maps have different sizes.
+    """
+    if not is_available():
+        raise ValueError(MISSING)
+    from monai.metrics import compute_surface_dice
+
+    images = [sitk.ReadImage(str(file)) for file in (truth, prediction)]
+    if images[0].GetSize() != images[1].GetSize():
+        raise ValueError(
+            f"expected {prediction} to have the size of {truth}, {images[0].GetSize()}, got {images[1].GetSize()}"
+        )
+    maps = [sitk.GetArrayFromImage(image) for image in images]
+    scores = {}
+    for name, values in structures.items():
+        masks = [np.isin(labels, values) for labels in maps]
+        # Only the box around both matters, and a margin that keeps surfaces whole.
+        box = _box(masks[0] | masks[1])
+        real, predicted = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in masks)
+        scores[name] = float(
+            compute_surface_dice(
+                predicted,
+                real,
+                class_thresholds=[tolerance],
+                include_background=True,
+                spacing=images[0].GetSpacing()[::-1],
+                use_subvoxels=True,
+            )
+        )
+    return scores
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """Slices of the smallest box around a mask; one voxel for an empty mask."""
+    if not mask.any():
+        return (slice(0, 1),) * mask.ndim
+    return tuple(slice(int(i.min()), int(i.max()) + 1) for i in mask.nonzero())
+
+
+def folder_surface_dice(
+    truths: Path, predictions: Path, structures: Structures, tolerance: float
+) -> dict[str, dict[str, float]]:
+    """The same for every case of a folder of predictions. What was measured is kept beside them.
+
+    Args:
+        truths: folder of reference label maps.
+        predictions: folder of predictions with the same names.
+        structures: structure -> value or values.
+        tolerance: in mm.
+
+    Returns:
+        Case -> structure -> score.
+    """
+    kept = predictions / f"surface_dice_{tolerance:g}mm.json"
+    if kept.is_file():
+        known: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8"))
+        return known
+    scores = {
+        file.name.split(".")[0]: surface_dice(file, predictions / file.name, structures, tolerance)
+        for file in sorted(truths.iterdir())
+    }
+    write_whole(kept, json.dumps(scores, indent=1) + "\n")
+    return scores
