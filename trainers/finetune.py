@@ -8,6 +8,12 @@ class STC3DFinetuneTrainer(FinetuneTrainer):
     """Finetuning schedule of STC3D A.3.3; its own class name keeps it apart from stock results."""
 
 
+class STC3DFrozenStartTrainer(FinetuneTrainer):
+    """Finetuning whose encoder stays as it is for the first third of the epochs (vox2vec 4.2)."""
+
+    frozen_share = 1 / 3
+
+
 class STC3DFinetuneTrainer_quickstart(STC3DFinetuneTrainer):
     """A few minutes on a laptop: ``nnssl_stc3d quickstart``."""
 
@@ -23,3 +29,8 @@ STC3DFinetuneTrainer_5epochs = with_epochs(STC3DFinetuneTrainer, 5)
 STC3DFinetuneTrainer_10epochs = with_epochs(STC3DFinetuneTrainer, 10)
 STC3DFinetuneTrainer_50epochs = with_epochs(STC3DFinetuneTrainer, 50)
 STC3DFinetuneTrainer_100epochs = with_epochs(STC3DFinetuneTrainer, 100)
+STC3DFrozenStartTrainer_1epoch = with_epochs(STC3DFrozenStartTrainer, 1)
+STC3DFrozenStartTrainer_5epochs = with_epochs(STC3DFrozenStartTrainer, 5)
+STC3DFrozenStartTrainer_10epochs = with_epochs(STC3DFrozenStartTrainer, 10)
+STC3DFrozenStartTrainer_50epochs = with_epochs(STC3DFrozenStartTrainer, 50)
+STC3DFrozenStartTrainer_100epochs = with_epochs(STC3DFrozenStartTrainer, 100)

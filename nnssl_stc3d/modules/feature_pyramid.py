@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
-def check_unet(network: nn.Module) -> None:
+def check_unet(network: nn.Module, who: str = "pretraining") -> None:
     """Refuse networks that have no encoder and decoder of dynamic-network-architectures' U-Nets.
+
+    Args:
+        network: to look at.
+        who: needs them, for the message.
 
     Raises:
         NotImplementedError: naming the network and what is supported.
@@ -20,7 +24,7 @@ def check_unet(network: nn.Module) -> None:
     parts = (encoder, "output_channels"), (encoder, "strides"), (decoder, "stages"), (decoder, "transpconvs")
     if any(not hasattr(part, name) for part, name in parts):
         raise NotImplementedError(
-            f"pretraining supports PlainConvUNet and ResidualEncoderUNet, got {type(network).__name__}. Plan with "
+            f"{who} supports PlainConvUNet and ResidualEncoderUNet, got {type(network).__name__}. Plan with "
             "nnU-Net's default or ResEnc planners."
         )
 

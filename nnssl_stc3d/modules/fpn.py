@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from dynamic_network_architectures.building_blocks.helper import get_matching_pool_op
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
-FPN_HEADS = ("nonlinear", "linear")
-"""Segmentation heads of vox2vec 3.4; both read all levels of the pyramid."""
+from nnssl_stc3d.modules.voxel_heads import Layers, make_head, nearest_upsample
 
 
 class VoxelFPN(nn.Module):
@@ -80,7 +78,7 @@ class VoxelFPN(nn.Module):
         head: str = "nonlinear",
     ) -> None:
         super().__init__()
-        parts = _Parts(
+        parts = Layers(
             conv_op, conv_bias, norm_op, norm_op_kwargs or {}, dropout_op, dropout_op_kwargs or {}, nonlin or nn.ReLU,
             nonlin_kwargs or {},
         )  # fmt: skip
@@ -106,64 +104,6 @@ class VoxelFPN(nn.Module):
         InitWeights_He(1e-2)(module)
 
 
-class _Parts:
-    """Makes layers as the plans say."""
-
-    def __init__(
-        self,
-        conv_op: type[nn.Module],
-        conv_bias: bool,
-        norm_op: type[nn.Module] | None,
-        norm_kwargs: dict[str, Any],
-        dropout_op: type[nn.Module] | None,
-        dropout_kwargs: dict[str, Any],
-        nonlin: type[nn.Module],
-        nonlin_kwargs: dict[str, Any],
-    ) -> None:
-        self.conv_op = conv_op
-        self.conv_bias = conv_bias
-        self.norm_op, self.norm_kwargs = norm_op, norm_kwargs
-        self.dropout_op, self.dropout_kwargs = dropout_op, dropout_kwargs
-        self.nonlin, self.nonlin_kwargs = nonlin, nonlin_kwargs
-        self.pool_op = get_matching_pool_op(conv_op=conv_op, pool_type="max")
-        self.dimensions = 3 if conv_op is nn.Conv3d else 2
-
-    def per_axis(self, value: int | Sequence[int]) -> tuple[int, ...]:
-        return (value,) * self.dimensions if isinstance(value, int) else tuple(value)
-
-    def conv(self, channels: int, features: int, kernel: int | Sequence[int] = 1) -> nn.Module:
-        sizes = self.per_axis(kernel)
-        return self.conv_op(channels, features, sizes, padding=[(k - 1) // 2 for k in sizes], bias=self.conv_bias)
-
-    def activated_conv(self, channels: int, features: int, kernel: int | Sequence[int]) -> list[nn.Module]:
-        """Normalisation, nonlinearity, dropout and convolution, in the order of pre-activation."""
-        layers: list[nn.Module] = [] if self.norm_op is None else [self.norm_op(channels, **self.norm_kwargs)]
-        # Never in place: the input of a block is also its shortcut.
-        layers.append(self.nonlin(**{**self.nonlin_kwargs, "inplace": False}))
-        if self.dropout_op is not None:
-            layers.append(self.dropout_op(**self.dropout_kwargs))
-        return [*layers, self.conv(channels, features, kernel)]
-
-    def blocks(self, count: int, channels: int, features: int, kernel: int | Sequence[int]) -> list[nn.Module]:
-        widths = [channels, *[features] * count]
-        return [ResidualBlock(self, a, b, kernel) for a, b in zip(widths[:-1], widths[1:])]
-
-
-class ResidualBlock(nn.Module):
-    """Pre-activation residual block of two convolutions (He et al. 2016, as in vox2vec's FPN)."""
-
-    def __init__(self, parts: _Parts, channels: int, features: int, kernel: int | Sequence[int]) -> None:
-        super().__init__()
-        self.residual = nn.Sequential(
-            *parts.activated_conv(channels, features, kernel), *parts.activated_conv(features, features, kernel)
-        )
-        self.shortcut = nn.Identity() if channels == features else parts.conv(channels, features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, channels, ...)`` to ``(N, features, ...)``."""
-        return self.shortcut(x) + self.residual(x)
-
-
 class FPNEncoder(nn.Module):
     """The path down: max pooling, a convolution of kernel 1 to the new width, residual blocks.
 
@@ -179,7 +119,7 @@ class FPNEncoder(nn.Module):
         kernels: Sequence[int | Sequence[int]],
         strides: Sequence[tuple[int, ...]],
         blocks: Sequence[int],
-        parts: _Parts,
+        parts: Layers,
     ) -> None:
         super().__init__()
         if any(s != 1 for s in strides[0]):
@@ -207,7 +147,7 @@ class FPNEncoder(nn.Module):
 class Lateral(nn.Module):
     """A level of the path up: the upsampled level below plus the encoder's stage after a convolution of kernel 1."""
 
-    def __init__(self, parts: _Parts, features: int, kernel: int | Sequence[int], blocks: int) -> None:
+    def __init__(self, parts: Layers, features: int, kernel: int | Sequence[int], blocks: int) -> None:
         super().__init__()
         self.lateral = parts.conv(features, features)
         self.blocks = nn.Sequential(*parts.blocks(blocks, features, features, kernel))
@@ -235,26 +175,23 @@ class FPNDecoder(nn.Module):
         num_classes: int,
         kernels: Sequence[int | Sequence[int]],
         blocks: Sequence[int],
-        parts: _Parts,
+        parts: Layers,
         deep_supervision: bool,
         head: str,
     ) -> None:
         super().__init__()
-        if head not in FPN_HEADS:
-            raise ValueError(f"head must be one of {', '.join(map(repr, FPN_HEADS))}, got {head!r}")
         features = encoder.output_channels
         levels = range(len(features) - 2, -1, -1)
         strides = [encoder.strides[level + 1] for level in levels]
         self.deep_supervision = deep_supervision
         self.transpconvs = nn.ModuleList(
-            nn.Sequential(parts.conv(features[level + 1], features[level]), _upsample(stride))
+            nn.Sequential(parts.conv(features[level + 1], features[level]), nearest_upsample(stride))
             for level, stride in zip(levels, strides)
         )
         self.stages = nn.ModuleList(
             Lateral(parts, features[level], kernels[level], count) for level, count in zip(levels, blocks)
         )
-        head_class = LinearHead if head == "linear" else NonlinearHead
-        self.seg_layers = head_class(parts, features[::-1], strides, num_classes)
+        self.seg_layers = make_head(head, parts, features[::-1], strides, num_classes)
 
     def forward(self, skips: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Segment the encoder's stages, see :meth:`VoxelFPN.forward`."""
@@ -263,63 +200,6 @@ class FPNDecoder(nn.Module):
             pyramid.append(stage(torch.cat((upsample(pyramid[-1]), skip), dim=1)))
         outputs = self.seg_layers(pyramid, self.deep_supervision)
         return outputs[::-1] if self.deep_supervision else outputs[-1]
-
-
-class LinearHead(nn.Module):
-    """A linear classifier of the pyramid's concatenated vectors (vox2vec 3.4), without concatenating them.
-
-    One convolution of kernel 1 for each level; the results are upsampled and summed.
-    """
-
-    def __init__(
-        self, parts: _Parts, features: Sequence[int], strides: Sequence[Sequence[int]], num_classes: int
-    ) -> None:
-        super().__init__()
-        self.levels = nn.ModuleList(parts.conv_op(width, num_classes, 1, bias=True) for width in features)
-        self.upsamples = nn.ModuleList(_upsample(stride) for stride in strides)
-
-    def forward(self, pyramid: Sequence[Tensor], every: bool) -> list[Tensor]:
-        """Logits of every level but the deepest, or of the finest only, from the lowest resolution to the highest.
-
-        Args:
-            pyramid: the levels, lowest resolution first.
-            every: whether all of them are wanted.
-        """
-        total = self.levels[0](pyramid[0])
-        outputs = []
-        for level, upsample, features in zip(self.levels[1:], self.upsamples, pyramid[1:]):
-            total = upsample(total) + level(features)
-            outputs.append(total)
-        return outputs if every else outputs[-1:]
-
-
-class NonlinearHead(nn.Module):
-    """A U-Net's decoder over the pyramid in which all kernels are 1 (vox2vec 3.4): it classifies single voxels."""
-
-    def __init__(
-        self, parts: _Parts, features: Sequence[int], strides: Sequence[Sequence[int]], num_classes: int
-    ) -> None:
-        super().__init__()
-        self.upsamples = nn.ModuleList(
-            nn.Sequential(parts.conv(below, here), _upsample(stride))
-            for stride, below, here in zip(strides, features[:-1], features[1:])
-        )
-        self.blocks = nn.ModuleList(ResidualBlock(parts, 2 * width, width, 1) for width in features[1:])
-        self.levels = nn.ModuleList(parts.conv_op(width, num_classes, 1, bias=True) for width in features[1:])
-
-    def forward(self, pyramid: Sequence[Tensor], every: bool) -> list[Tensor]:
-        """See :meth:`LinearHead.forward`."""
-        x, outputs = pyramid[0], []
-        last = len(self.levels) - 1
-        for index, features in enumerate(pyramid[1:]):
-            x = self.blocks[index](torch.cat((self.upsamples[index](x), features), dim=1))
-            if every or index == last:
-                outputs.append(self.levels[index](x))
-        return outputs
-
-
-def _upsample(stride: Sequence[int]) -> nn.Module:
-    return nn.Upsample(scale_factor=tuple(float(s) for s in stride), mode="nearest")
 
 
 def _per_stage(name: str, value: Any, count: int) -> list[Any]:

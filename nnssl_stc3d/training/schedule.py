@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from math import cos, pi
+from typing import NamedTuple
 
 from torch.optim import Optimizer
+
+
+class Thaw(NamedTuple):
+    """A frozen start for the parameter groups that have a key ``thaws`` (vox2vec 4.2).
+
+    Their learning rate is zero at first, then rises exponentially from a tenth of the others' to all of it.
+
+    Attributes:
+        frozen_steps: steps at zero.
+        rising_steps: steps of the rise.
+    """
+
+    frozen_steps: int
+    rising_steps: int
+
+    def factor(self, iteration: int) -> float:
+        """Share of the learning rate that these groups have in a step, counted from 0."""
+        if iteration < self.frozen_steps:
+            return 0.0
+        return 0.1 ** max(0.0, 1 - (iteration - self.frozen_steps) / max(1, self.rising_steps))
 
 
 class WarmupSchedule:
@@ -18,6 +39,7 @@ class WarmupSchedule:
         warmup_steps: steps of linear warm-up, at most a tenth of the training, so that short variants reach the peak.
         shape: "cosine" or "constant".
         weight_decay_end: weight decay at the end, reached from the optimiser's along a cosine; None keeps that.
+        thaw: frozen start of some groups, None for none.
     """
 
     def __init__(
@@ -29,6 +51,7 @@ class WarmupSchedule:
         warmup_steps: int,
         shape: str = "cosine",
         weight_decay_end: float | None = None,
+        thaw: Thaw | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.peak = peak
@@ -38,6 +61,7 @@ class WarmupSchedule:
         self.shape = shape
         self.weight_decay = optimizer.defaults["weight_decay"]
         self.weight_decay_end = weight_decay_end
+        self.thaw = thaw
         self.iteration = 0
 
     def step(self, epoch: int) -> None:
@@ -67,6 +91,8 @@ class WarmupSchedule:
     def _apply(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iteration)
+            if self.thaw is not None and group.get("thaws"):
+                group["lr"] *= self.thaw.factor(self.iteration)
             if self.weight_decay_end is not None:
                 share = 0.5 * (1 - cos(pi * self.progress))
                 group["weight_decay"] = self.weight_decay + share * (self.weight_decay_end - self.weight_decay)

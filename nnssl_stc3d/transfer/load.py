@@ -96,7 +96,8 @@ def load_pretrained(
     allows.
 
     Args:
-        network: The network to fill, possibly wrapped by DistributedDataParallel or ``torch.compile``.
+        network: The network to fill, possibly wrapped by DistributedDataParallel or ``torch.compile``. One with a
+            ``backbone`` (a probe, a classifier) gets the parts of it that it ``reads``.
         checkpoint_or_path: The checkpoint or its file.
         target_plans: Plans that the network was built from; without them, fewer differences can be named.
         target_configuration: Configuration of those plans.
@@ -110,13 +111,16 @@ def load_pretrained(
         RuntimeError: If the network does not hold the weights afterwards.
     """
     network = unwrap(network)
+    reads: Any = getattr(network, "reads", None)
+    backbone: Any = getattr(network, "backbone", network)
+    network = backbone
     if isinstance(checkpoint_or_path, dict):
         checkpoint, name = checkpoint_or_path, IN_MEMORY
     else:
         checkpoint, name = load_checkpoint(checkpoint_or_path), os.fspath(checkpoint_or_path)
     weights = {_without_prefix(key): value for key, value in checkpoint["network_weights"].items()}
     groups = tensor_groups(network)
-    parts = _transferred_parts(checkpoint, network)
+    parts = _transferred_parts(checkpoint, network, reads)
     target = PlansReference(target_plans, target_configuration) if target_plans and target_configuration else None
 
     adapt = adapt or Adaptation()
@@ -166,7 +170,7 @@ def tensor_groups(network: nn.Module) -> list[list[str]]:
 def use_reporting_loader(
     plans: dict[str, Any],
     configuration: str,
-    log: Callable[[str], object] = print,
+    log: Callable[[TransferReport], object] = print,
     adapt: Adaptation | None = None,
 ) -> Callable[..., None] | None:
     """Makes the next ``nnUNetv2_train -pretrained_weights`` of this process load through ``load_pretrained``.
@@ -195,7 +199,7 @@ def use_reporting_loader(
             setattr(module, LOADER_NAME, original)
         report = load_pretrained(network, fname, plans, configuration, adapt)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            log(str(report))
+            log(report)
 
     load.replaces = original  # type: ignore[attr-defined]
     for module in modules:
@@ -216,12 +220,21 @@ def _without_prefix(key: str) -> str:
     return key.removeprefix("module.").removeprefix("_orig_mod.")
 
 
-def _transferred_parts(checkpoint: dict[str, Any], network: nn.Module) -> tuple[str, ...]:
+def _transferred_parts(
+    checkpoint: dict[str, Any], network: nn.Module, reads: tuple[str, ...] | None
+) -> tuple[str, ...]:
     existing = tuple(name for name, _ in network.named_children())
     method = checkpoint.get("method")
     if not isinstance(method, dict):
         return existing
     parts = tuple(method["transfers"])
+    if reads is not None:
+        if set(reads) - set(parts):
+            raise ValueError(
+                f"This network reads the {' and '.join(reads)}, but the checkpoint pretrained only the "
+                f"{' and '.join(parts)}. Use a trainer that reads only that, such as STC3DLinearProbeTrainer."
+            )
+        return reads
     unknown = [part for part in parts if part not in existing]
     if unknown:
         raise ValueError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nnssl_stc3d.transfer.checkpoint import save_checkpoint_atomically
-from nnssl_stc3d.transfer.load import load_pretrained, tensor_groups, use_reporting_loader
+from nnssl_stc3d.transfer.load import TransferReport, load_pretrained, tensor_groups, use_reporting_loader
 
 
 def snapshot(network):
@@ -199,19 +199,20 @@ def test_nnunet_command_uses_the_reporting_loader_once(
 
     class Trainer:
         was_initialized = False
-        messages: list[str] = []
+        reports: list[TransferReport] = []
 
         def initialize(self):
             self.network = tiny_network(plans)
             self.before = snapshot(self.network)
             self.was_initialized = True
-            use_reporting_loader(plans, configuration, log=self.messages.append)
+            use_reporting_loader(plans, configuration, log=self.reports.append)
 
     stock = run_training.load_pretrained_weights
     trainer = Trainer()
     run_training.maybe_load_checkpoint(trainer, False, False, str(path))
     assert run_training.load_pretrained_weights is stock
-    assert "tensors loaded" in trainer.messages[0] and "STC3D, 7 epochs" in trainer.messages[0]
+    message = str(trainer.reports[0])
+    assert "tensors loaded" in message and "STC3D, 7 epochs" in message
     after = trainer.network.state_dict()
     # The stock loader would have taken the untrained decoder too.
     assert torch.equal(after["decoder.transpconvs.0.weight"], trainer.before["decoder.transpconvs.0.weight"])
