@@ -11,19 +11,23 @@ from types import ModuleType
 
 from nnssl_stc3d import __version__
 
-# Name of each command and its line in `nnssl_stc3d --help`. The module is nnssl_stc3d.cli.<name, - as _>.
+# Name of each command and its line in `nnssl_stc3d --help`. Its module is nnssl_stc3d.cli.<name, - as _> or in MODULES.
 COMMANDS = {
     "trainers": "print the folder for nnUNet_extTrainer",
     "doctor": "check the installation and print the fix for whatever is wrong",
     "prepare": "make an nnU-Net dataset of a folder of scans without labels",
+    "import": "make an nnU-Net dataset of a public corpus",
     "quickstart": "pretrain, finetune, predict and compare on a small example or on your data",
     "small-plans": "write plans that train in minutes on a CPU",
     "align-plans": "write plans that give a pretraining dataset and a target the same network and preprocessing",
     "network-plans": "write plans that name another network, such as vox2vec's",
     "export": "write a checkpoint in a form for use elsewhere",
     "benchmark": "compare pretraining methods with training from scratch when few cases are labelled",
+    "classify": "classify new scans with a model of STC3DClassifyTrainer",
     "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",
 }
+# A keyword of Python is no name for a module.
+MODULES = {"import": "import_corpus"}
 DEBUG_VARIABLE = "NNSSL_STC3D_DEBUG"
 
 
@@ -36,7 +40,7 @@ def load_command(name: str) -> ModuleType:
     Returns:
         The module, which has ``add_parser`` and ``run``.
     """
-    return importlib.import_module(f"nnssl_stc3d.cli.{name.replace('-', '_')}")
+    return importlib.import_module(f"nnssl_stc3d.cli.{MODULES.get(name, name.replace('-', '_'))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -179,15 +179,16 @@ def _put_label(job: Job, volume: Volume, reference: Header) -> None:
     values = np.unique(array)
     if not np.array_equal(values, np.rint(values)) or values[0] < 0:
         raise VolumeError("label", "the segmentation has values that are no whole numbers from 0 on", volume.id)
-    if case.label_values is None:
-        _put(job, label_path(case, job.ending), volume, _integers(image, int(values[-1])), reference, usable)
-        return
-    unknown = [int(v) for v in values if int(v) not in case.label_values]
+    wanted = {int(v): int(v) for v in values} if case.label_values is None else case.label_values
+    unknown = [int(v) for v in values if int(v) not in wanted]
     if unknown:
         raise VolumeError("label", f"the segmentation has the unexpected values {unknown[:10]}", volume.id)
-    mapped = np.zeros(array.shape, np.uint8 if max(case.label_values.values()) < 256 else np.uint16)
+    if all(wanted[int(v)] == v for v in values):
+        _put(job, label_path(case, job.ending), volume, _integers(image, int(values[-1])), reference, usable)
+        return
+    mapped = np.zeros(array.shape, np.uint8 if max(wanted.values()) < 256 else np.uint16)
     for value in values:
-        mapped[array == value] = case.label_values[int(value)]
+        mapped[array == value] = wanted[int(value)]
     write_image(_with_geometry(sitk.GetImageFromArray(mapped), reference), job.staging / label_path(case, job.ending))
 
 

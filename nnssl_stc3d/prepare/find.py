@@ -78,7 +78,7 @@ def find_volumes(
         recursive: look into folders below it.
     """
     search = Search()
-    files = list(_walk(root, exclude, {p.resolve() for p in skip}, search, recursive))
+    files = list(walk_files(root, exclude, {p.resolve() for p in skip}, search, recursive))
     return probe_files(files, spacing, jobs, search)
 
 
@@ -118,8 +118,18 @@ def probe_files(
     return search
 
 
-def _walk(root: Path, exclude: Sequence[str], skip: set[Path], search: Search, recursive: bool) -> Iterator[Path]:
-    """Files below a folder, without hidden ones; a folder that links lead to twice is visited once."""
+def walk_files(
+    root: Path, exclude: Sequence[str], skip: set[Path], search: Search, recursive: bool = True
+) -> Iterator[Path]:
+    """Files below a folder, without hidden ones; a folder that links lead to twice is visited once.
+
+    Args:
+        root: the folder.
+        exclude: patterns, compared with paths relative to the folder.
+        skip: folders that are not looked into, resolved.
+        search: gets the folders that could not be read as problems.
+        recursive: look into folders below it.
+    """
     visited: set[Path] = set()
 
     def failed(error: OSError) -> None:

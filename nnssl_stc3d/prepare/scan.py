@@ -86,7 +86,7 @@ def cases_by_name(search: Search, root: Path, channels: Sequence[Channel]) -> li
     """
     bases: dict[str, dict[str, Found]] = defaultdict(dict)
     cases: list[ScannedCase] = []
-    names = {f.volume.id: _name(f, root) for f in search.volumes}
+    names = {f.volume.id: volume_name(f, root) for f in search.volumes}
     single = len(channels) == 1
     numbered = _numbered(list(names.values())) if single else {}
     if single and len(numbered) > 1 and len({frozenset(n) for n in numbered.values()}) == 1:
@@ -100,7 +100,7 @@ def cases_by_name(search: Search, root: Path, channels: Sequence[Channel]) -> li
         name = names[found.volume.id]
         if single:
             base = name[: -len("_0000")] if numbered.get(name[: -len("_0000")]) == {"0000"} else name
-            cases.append(_case(base, (found,), channels))
+            cases.append(make_case(base, (found,), channels))
             continue
         suffix = max((c.suffix for c in channels if name.endswith(c.suffix)), key=len, default=None)
         if suffix is None or suffix in bases[name[: -len(suffix)]]:
@@ -115,7 +115,7 @@ def cases_by_name(search: Search, root: Path, channels: Sequence[Channel]) -> li
         missing = [c for c in channels if c.suffix not in by_suffix]
         if not there:
             continue
-        case = _case(base, there, [c for c in channels if c.suffix in by_suffix])
+        case = make_case(base, there, [c for c in channels if c.suffix in by_suffix])
         if missing:
             words = ", ".join(f"{c.name} ({base}{c.suffix})" for c in missing)
             case = case.with_problems([Problem("channels", f"lacks {words}", base)])
@@ -132,7 +132,8 @@ def _numbered(names: Sequence[str]) -> dict[str, set[str]]:
     return result
 
 
-def _name(found: Found, root: Path) -> str:
+def volume_name(found: Found, root: Path) -> str:
+    """Identifier of a volume's case, made of its path below a folder."""
     volume = found.volume
     if not isinstance(volume, SeriesVolume):
         path = volume.files[0]
@@ -144,8 +145,14 @@ def _name(found: Found, root: Path) -> str:
     return case_name(parts)
 
 
-def _case(name: str, found: Sequence[Found], channels: Sequence[Channel]) -> ScannedCase:
-    """Puts a case together and checks its headers."""
+def make_case(name: str, found: Sequence[Found], channels: Sequence[Channel]) -> ScannedCase:
+    """Puts a case together and checks its headers.
+
+    Args:
+        name: identifier.
+        found: its volumes, one for each channel.
+        channels: of every case.
+    """
     problems: list[Problem] = []
     for part, channel in zip(found, channels):
         problems += part.problems
@@ -230,7 +237,7 @@ def cases_by_table(
     for row in rows:
         cells = [find(cell) for cell in row[1:]]
         found = [c for c in cells if isinstance(c, Found)]
-        case = _case(case_name([row[0]]), found, channels)
+        case = make_case(case_name([row[0]]), found, channels)
         cases.append(case.with_problems([c for c in cells if isinstance(c, Problem)]))
     return cases, search
 

@@ -11,15 +11,16 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from nnssl_stc3d.prepare.case import Case, DatasetTarget
 from nnssl_stc3d.prepare.checks import ACCEPTABLE, Problem
 from nnssl_stc3d.prepare.convert import RECORDS, Job, Outcome, convert_case
-from nnssl_stc3d.prepare.formats import LINK_ENDINGS
+from nnssl_stc3d.prepare.formats import LINK_ENDINGS, file_hash
 from nnssl_stc3d.prepare.parallel import run_all
 from nnssl_stc3d.prepare.raw_dataset import write_dataset_json, write_json
 from nnssl_stc3d.prepare.record import RECORD_FILE, CaseRecord, Record, Source
@@ -28,6 +29,9 @@ LINKS = ("absolute", "relative", "copy")
 SHOWN = 10
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTINGS = "settings.json"
+SPLITS_FILE = "splits_final.json"
+# Entry of the record: SHA-256 of the published split as it was written.
+_SPLITS = "splits_sha256"
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def write_dataset(cases: Sequence[Case], target: DatasetTarget, options: WriteOp
     failed.sort(key=lambda outcome: outcome.name)
     if failed and not options.skip_bad:
         raise CasesFailed(failed, len(new))
-    record.settings = settings
+    record.settings = {**record.settings, **settings}
     if not new and not record.cases:
         raise CasesFailed(failed, 0) if failed else ValueError("There is no case to write.")
     _publish(staging, target, record, new)
@@ -252,6 +256,26 @@ def _make(staging: Path, settings: dict[str, Any]) -> None:
         raise PermissionError(f"{staging.parent} may not be written to ({error}). Change its permissions.") from error
 
 
+def _publish_splits(folder: Path, splits: Sequence[Mapping[str, Sequence[str]]], record: Record) -> None:
+    """Writes the published split of the cases that are in the dataset; one that a user has changed is left alone."""
+    file = folder / SPLITS_FILE
+    before: list[Mapping[str, Sequence[str]]] = []
+    if file.exists():
+        if file_hash(file) != record.settings.get(_SPLITS):
+            return
+        before = json.loads(file.read_text(encoding="utf-8"))
+    known = {name for name, case in record.cases.items() if not case.test}
+    merged = []
+    nothing: Mapping[str, Sequence[str]] = {}
+    for old, new in zip_longest(before, splits, fillvalue=nothing):
+        parts = {part: known & {*old.get(part, ()), *new.get(part, ())} for part in ("train", "val")}
+        merged.append({part: sorted(names) for part, names in parts.items()})
+    if merged != before:
+        write_json(file, merged)
+        record.settings = {**record.settings, _SPLITS: file_hash(file)}
+        record.write(folder)
+
+
 def _publish(staging: Path, target: DatasetTarget, record: Record, new: dict[str, CaseRecord]) -> None:
     """Moves finished cases into the dataset, then writes the record and dataset.json."""
     folder = target.folder
@@ -284,7 +308,7 @@ def _publish(staging: Path, target: DatasetTarget, record: Record, new: dict[str
             extra["overwrite_image_reader_writer"] = "SimpleITKIO"
         channels = {str(i): c.nnunet_name for i, c in enumerate(target.channels)}
         write_dataset_json(folder, target.labels, channels, ending, count, **extra)
-    if target.splits is not None and not (folder / "splits_final.json").exists():
-        write_json(folder / "splits_final.json", [dict(split) for split in target.splits])
+    if target.splits is not None:
+        _publish_splits(folder, target.splits, record)
     if staging.is_dir():
         shutil.rmtree(staging)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,6 +262,29 @@ def test_labels_values_test_cases_and_splits(nnunet_raw, tmp_path, save, ct, rot
     description = json.loads((target.folder / "dataset.json").read_text())
     assert description["licence"] == "CC-BY" and description["numTraining"] == 2
     assert json.loads((target.folder / "splits_final.json").read_text()) == [{"train": ["a"], "val": ["b"]}]
+
+
+def test_a_published_split_grows_with_the_dataset_unless_it_was_changed(target, scans):
+    published = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
+    target = replace(target, splits=published)
+    file = target.folder / "splits_final.json"
+    write_dataset([scans("a", 0), scans("c", 2)], target)
+    assert json.loads(file.read_text()) == [{"train": ["a"], "val": ["c"]}, {"train": ["c"], "val": ["a"]}]
+    # A run that sees the second part of the corpus only.
+    write_dataset([scans("b", 1)], replace(target, splits=[{"train": ["b"], "val": []}, {"train": [], "val": ["b"]}]))
+    assert json.loads(file.read_text()) == published
+    file.write_text("[]")
+    write_dataset([scans("d", 4)], replace(target, splits=[{"train": ["a", "b", "d"], "val": ["c"]}]))
+    assert file.read_text() == "[]"
+
+
+def test_segmentations_whose_values_stay_are_linked(nnunet_raw, tmp_path, save, ct, rotated, scans):
+    organs = np.zeros(ct().shape, np.uint8)
+    organs[2:5, 4:8, 4:8] = 2
+    label = FileVolume(save(tmp_path / "in" / "seg.nii.gz", organs, direction=rotated))
+    target = DatasetTarget(nnunet_raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1, "spleen": 2})
+    write_dataset([Case("a", scans("a").channels, label, {0: 0, 1: 1, 2: 2})], target)
+    assert (target.folder / "labelsTr" / "a.nii.gz").resolve() == label.path
 
 
 @pytest.mark.parametrize(
