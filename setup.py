@@ -49,6 +49,7 @@ setup(
         "tqdm",
         "blosc2",
         "safetensors",
+        "scikit-learn",
     ],
     # Swin-UNETR; nothing else needs it.
     extras_require={

@@ -125,6 +125,9 @@ def encoder_modules(network: nn.Module) -> list[nn.Module]:
         NotImplementedError: if the network does not declare them.
     """
     network = unwrap(network)
+    # Classifiers hold a part of a U-Net.
+    backbone: Any = getattr(network, "backbone", network)
+    network = backbone
     keys = [getattr(network, name, None) for name in ("key_to_encoder", "key_to_stem")]
     if None in keys:
         raise NotImplementedError(

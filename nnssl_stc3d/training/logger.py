@@ -31,11 +31,12 @@ class PretrainLogger(LocalLogger):
     def plot_progress_png(self, output_folder: str) -> None:
         """Write ``progress.png``: loss, its terms, pretext measures, collapse monitors, learning rate and duration."""
         log = self.my_fantastic_logging
-        terms = sorted({k.removeprefix("train_") for k in log if k.startswith("train_") and k != "train_losses"})
+        terms = sorted({k.split("_", 1)[1] for k in log if k.startswith(("train_", "val_"))} - {"losses"})
         panels: list[tuple[str, dict[str, list[float]]]] = [
             ("loss", {"training": log["train_losses"], "validation": log["val_losses"]})
         ]
-        panels += [(t, {"training": log[f"train_{t}"], "validation": log.get(f"val_{t}", [])}) for t in terms]
+        splits = {"training": "train", "validation": "val"}
+        panels += [(t, {k: log[f"{s}_{t}"] for k, s in splits.items() if f"{s}_{t}" in log}) for t in terms]
         panels += [(m.replace("_", " "), {"validation": log[m]}) for m in MONITORS if m in log]
         seconds = [e - s for s, e in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])]
         panels += [("learning rate", {"": log["lrs"]}), ("seconds per epoch", {"": seconds})]

@@ -16,16 +16,16 @@ def check_environment() -> None:
             )
 
 
-def check_configuration(plans: dict, configuration: str) -> None:
+def check_configuration(plans: dict, configuration: str, what: str = "pretraining") -> None:
     """Refuse what is not a plain 3D configuration, before nnU-Net makes any folder."""
     manager = PlansManager(plans).get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise NotImplementedError(
-            f"pretraining supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} "
+            f"{what} supports 3D configurations, {configuration} has patches of {len(manager.patch_size)} "
             "dimensions. Use 3d_fullres or 3d_lowres."
         )
     if manager.previous_stage_name is not None:
         raise NotImplementedError(
-            f"pretraining does not support cascades: {configuration} needs the predictions of "
+            f"{what} does not support cascades: {configuration} needs the predictions of "
             f"{manager.previous_stage_name}. Use 3d_fullres or 3d_lowres."
         )
