@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 from pathlib import Path
 
 from nnssl_stc3d.cli.datasets import find_dataset_folder, preprocessed_folder
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the report."""
     from nnssl_stc3d.evaluation.benchmark.command import Options, benchmark
 
+    # What a scheduler sends ends the runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raw = os.environ.get("nnUNet_raw")
     if not raw or not Path(raw).is_dir():
         raise ValueError(f"expected nnU-Net's folder of raw data in nnUNet_raw, got {raw!r}. Set the variable.")

@@ -141,7 +141,7 @@ class CommandRunner:
             tail = self._follow(process, command)
             code = process.wait()
         finally:
-            _end(process)
+            end_program(process)
         if code != 0:
             raise RuntimeError(
                 f"This command failed with exit code {code}:\n  {command.shown()}\nThe end of its output:\n"
@@ -185,7 +185,7 @@ class CommandRunner:
         return list(tail)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end_program(process: subprocess.Popen[str]) -> None:
     """Ends a program that still runs, with the workers that it started."""
     if process.poll() is not None:
         return

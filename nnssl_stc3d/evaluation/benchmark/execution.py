@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import time
@@ -18,10 +18,51 @@ from tqdm import tqdm
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
 from nnssl_stc3d.evaluation.benchmark.runs import Run, Settings
 from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
-from nnssl_stc3d.evaluation.commands import find_program
+from nnssl_stc3d.evaluation.commands import end_program, find_program
 
 TAIL_LINES = 15
+# "seconds" and "joules" of a command.
+Spent = dict[str, float | None]
 _COMMANDS_LOCK = threading.Lock()
+
+
+class Programs:
+    """The programs that run now, so that all of them can be ended from another thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def run(self, words: Sequence[str], variables: Mapping[str, str], log: Path) -> int:
+        """Runs a program with its output in a log file; returns its exit code.
+
+        Raises:
+            RuntimeError: the programs have been ended.
+        """
+        with open(log, "a", encoding="utf-8") as file:
+            with self._lock:
+                if self._ended:
+                    raise RuntimeError("interrupted")
+                # A session of its own, so that ending it ends its workers.
+                process = subprocess.Popen(
+                    words, env=dict(variables), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    text=True, start_new_session=True,
+                )  # fmt: skip
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+    def end(self) -> None:
+        """Ends all programs; no other is started."""
+        with self._lock:
+            self._ended = True
+            running = list(self._running)
+        for process in running:
+            end_program(process)
 
 
 def cost_file(run: Run, settings: Settings) -> Path:
@@ -30,7 +71,15 @@ def cost_file(run: Run, settings: Settings) -> Path:
 
 
 def call(
-    words: list[str], settings: Settings, start: str, log: Path, seed: int, threads: int, workers: int, gpu: str = ""
+    words: list[str],
+    settings: Settings,
+    start: str,
+    log: Path,
+    seed: int,
+    threads: int,
+    workers: int,
+    gpu: str = "",
+    programs: Programs | None = None,
 ) -> float:
     """Runs one command with its output in a log file, and notes it in commands.txt.
 
@@ -43,6 +92,7 @@ def call(
         threads: CPU threads, 0 for nnU-Net's own choice.
         workers: nnUNet_n_proc_DA.
         gpu: CUDA_VISIBLE_DEVICES, "" to leave it alone.
+        programs: that may be ended together.
 
     Returns:
         Seconds that it took.
@@ -63,17 +113,16 @@ def call(
     if gpu:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
     begin = time()
-    with open(log, "a", encoding="utf-8") as file:
-        code = subprocess.run(
-            program, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+    code = (programs or Programs()).run(program, variables, log)
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
         raise RuntimeError(f"{line}\nended with {code}. The end of {log}:\n{tail}")
     return time() - begin
 
 
-def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str, alone: bool) -> None:
+def execute(
+    run: Run, settings: Settings, threads: int, workers: int, gpu: str, alone: bool, programs: Programs
+) -> None:
     """Does what is missing of a run.
 
     Args:
@@ -83,6 +132,7 @@ def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str, 
         workers: nnUNet_n_proc_DA.
         gpu: CUDA_VISIBLE_DEVICES.
         alone: no other run uses that GPU, so that what it uses can be told.
+        programs: of all runs.
     """
     log = settings.workspace.root / "logs" / f"{run.name}-{settings.cases}.log"
     file = cost_file(run, settings)
@@ -90,16 +140,14 @@ def execute(run: Run, settings: Settings, threads: int, workers: int, gpu: str, 
     metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
         before = gpu_joules(gpu) if metered else None
-        seconds = call(words, settings, run.start, log, run.seed, threads, workers, gpu)
+        seconds = call(words, settings, run.start, log, run.seed, threads, workers, gpu, programs)
         after = gpu_joules(gpu) if metered else None
         joules = None if before is None or after is None else after - before
         cost[words[0]] = _continued(cost.get(words[0]) if "--c" in words else None, seconds, joules)
         write_whole(file, json.dumps(cost) + "\n")
 
 
-def _continued(
-    earlier: dict[str, float | None] | None, seconds: float, joules: float | None
-) -> dict[str, float | None]:
+def _continued(earlier: Spent | None, seconds: float, joules: float | None) -> Spent:
     """Cost of a command with that of what it continued."""
     first = earlier or {"seconds": 0.0, "joules": 0.0}
     both = None if joules is None or first["joules"] is None else round(first["joules"] + joules, 1)
@@ -125,6 +173,7 @@ def execute_all(
     waiting = [run for run in runs if run.commands(settings)]
     slots = [gpu for gpu in gpus or [""] for _ in range(jobs)]
     failures: list[str] = []
+    programs = Programs()
     failed: set[Run | None] = set()
     running: dict[Future[None], tuple[Run, str]] = {}
     with (
@@ -136,13 +185,16 @@ def execute_all(
                 for orphan in [r for r in waiting if r.after in failed]:
                     waiting.remove(orphan)
                     failed.add(orphan)
-                    failures.append(f"{orphan.name}: left out, {orphan.after.name} failed")
+                    failures.append(f"{orphan.name}: left out, what it starts from failed")
                     bar.update()
                 unfinished = {*waiting, *(run for run, _ in running.values())}
                 for run in [r for r in waiting if r.after not in unfinished | failed][: len(slots)]:
                     waiting.remove(run)
                     gpu = slots.pop()
-                    running[pool.submit(execute, run, settings, threads, workers, gpu, jobs == 1)] = (run, gpu)
+                    running[pool.submit(execute, run, settings, threads, workers, gpu, jobs == 1, programs)] = (
+                        run,
+                        gpu,
+                    )
                 if not running:
                     continue
                 bar.set_postfix_str(", ".join(run.name for run, _ in running.values()))
@@ -155,7 +207,8 @@ def execute_all(
                         failed.add(run)
                         failures.append(f"{run.name}: {error}")
                     bar.update()
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:
+            # An interrupt: the pool waits for its threads, and they for their programs.
+            programs.end()
             raise
     return failures

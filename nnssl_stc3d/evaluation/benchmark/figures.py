@@ -71,11 +71,11 @@ def robustness_curves(rows: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
         for axis, perturbation in zip(line, perturbations, strict=True):
             levels = [level for name, level in rows if name == perturbation]
             for method in methods:
+                wanted = (*kind, method)
                 means = [
-                    next((r.mean for r in rows[perturbation, level] if (r.schedule, r.labels, r.method) == (*kind, method)),
-                         np.nan)
-                    for level in levels
-                ]  # fmt: skip
+                    next((r.mean for r in rows[perturbation, v] if (r.schedule, r.labels, r.method) == wanted), np.nan)
+                    for v in levels
+                ]
                 axis.plot(levels, means, marker="o", markersize=4, color=_colour(method, methods), label=method)
             tidy(axis, f"{perturbation}, {kind[1]} labels, {kind[0]}", "", "Dice (%)")
     axes[0, 0].legend(fontsize=7)

@@ -86,17 +86,12 @@ def write_report(
     for name, png in pictures.items():
         (folder / name).write_bytes(png)
 
-    sections = [
-        section("Dice against labelled cases", picture(pictures["curves.png"], "curves of Dice against labels"))
-    ]
+    curves = picture(pictures["curves.png"], "curves of Dice against labels")
+    differences = picture(pictures["differences.png"], "differences") if "differences.png" in pictures else ""
+    sections = [section("Dice against labelled cases", curves)]
     for name, some in rows.items():
-        shown = (
-            picture(pictures["differences.png"], "differences")
-            if name == "Dice" and "differences.png" in pictures
-            else ""
-        )
-        sections.append(section(f"{name} against training from scratch", shown + tables.comparison_html(some, name),
-                                _EXPLANATION if name == "Dice" else ""))  # fmt: skip
+        body, note = (differences, _EXPLANATION) if name == "Dice" else ("", "")
+        sections.append(section(f"{name} against scratch", body + tables.comparison_html(some, name), note))
         sections.append(section(f"{name} of each structure", tables.structures_html(some)))
     if perturbed:
         body = picture(pictures["robustness.png"], "Dice against perturbation") + tables.perturbed_html(perturbed)
@@ -161,10 +156,8 @@ def _cost_table(runs: Sequence[Run], cost: Cost) -> str:
     for run in runs:
         taken = cost.get(run.name, {}).get("nnUNetv2_train")
         if taken is not None and not isinstance(run, PerturbedPrediction):
-            kind, name = (
-                ("pretraining", run.method.name) if isinstance(run, Pretraining) else ("finetuning", run.method)
-            )
-            spent.setdefault((kind, name), []).append(taken)
+            key = ("pretraining", run.method.name) if isinstance(run, Pretraining) else ("finetuning", run.method)
+            spent.setdefault(key, []).append(taken)
     lines = []
     for (kind, name), values in spent.items():
         joules = [value["joules"] for value in values]

@@ -62,7 +62,7 @@ def read_perturbed_dice(runs: Sequence[Run], settings: Settings) -> dict[tuple[s
     for run in runs:
         if isinstance(run, PerturbedPrediction):
             groups.setdefault((run.perturbation, run.level), []).append(run)
-    found = {}
+    found: dict[tuple[str, str], list[Result]] = {}
     for (perturbation, level), members in groups.items():
         results = read_dice([run.finetuning for run in members], members[0].settings(settings))
         if results:

@@ -38,8 +38,8 @@ class Result:
 
     def case_means(self) -> NDArray[np.float64]:
         """Mean over the structures of each case in sorted order, shape (cases,); NaN for a case without any."""
-        rows = [list(self.scores[case].values()) for case in sorted(self.scores)]
-        return np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in np.array(rows, dtype=float)])
+        rows = [np.array(list(self.scores[case].values()), dtype=float) for case in sorted(self.scores)]
+        return np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in rows])
 
 
 @dataclass(frozen=True)
