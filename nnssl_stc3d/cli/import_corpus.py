@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -109,12 +111,16 @@ def _after(args: argparse.Namespace, folder: Path, found: Collected) -> None:
     if found.case_labels:
         print(f"Classes of the cases: {write_case_labels(folder, found.case_labels)}")
     print_next(args.dataset)
-    if found.splits:
-        source = shlex.quote(str(folder / SPLITS_FILE))
-        print(
-            f"Then, for the published split ({len(found.splits)} fold{'s' if len(found.splits) > 1 else ''}): "
-            f'cp {source} "$nnUNet_preprocessed/{folder.name}/"'
-        )
+    published = folder / SPLITS_FILE
+    if published.is_file():
+        folds = len(json.loads(published.read_text(encoding="utf-8")))
+        print(f"Published split: {published} ({folds} fold{'s' if folds > 1 else ''}), which nnU-Net's planner copies.")
+        used = Path(os.environ.get("nnUNet_preprocessed") or os.devnull) / folder.name / SPLITS_FILE
+        if used.is_file() and used.read_bytes() != published.read_bytes():
+            print(
+                f"{used} is another split, with which the planner would fail. Before you plan again, replace it: "
+                f"cp {shlex.quote(str(published))} {shlex.quote(str(used))}"
+            )
 
 
 def _print_msd(args: argparse.Namespace) -> int:

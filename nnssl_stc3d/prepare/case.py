@@ -158,8 +158,8 @@ class DatasetTarget:
         folder: nnUNet_raw/DatasetXXX_Name.
         channels: of every case.
         labels: name -> value or, for regions, values. `BODY_LABELS` if the cases have no labels.
-        splits: published splits as nnU-Net writes them, [{"train": [...], "val": [...]}, ...]; copied to
-            splits_final.json in the dataset's folder, from where it goes to nnUNet_preprocessed.
+        splits: published splits as nnU-Net writes them, [{"train": [...], "val": [...]}, ...]; written to
+            splits_final.json in the dataset's folder, from where nnU-Net's planner copies it.
         extra: further entries of dataset.json, such as "reference", "licence", "regions_class_order".
     """
 

@@ -74,19 +74,25 @@ def test_with_labels_and_the_published_split(raw, amos, capsys):
     printed = capsys.readouterr().out
     assert "2 training, 1 validation, 1 test" in printed and "Licence: " in printed
     assert "nnUNetv2_plan_and_preprocess -d 801" in printed
-    assert f'cp {folder}/splits_final.json "$nnUNet_preprocessed/Dataset801_X/"' in printed
+    assert f"Published split: {folder}/splits_final.json (1 fold)" in printed and "cp " not in printed
     assert (raw / "report_Dataset801_X" / "prepare_cases.csv").is_file() and content(amos) == before
 
 
 def test_another_run_adds_what_is_new(raw, amos, capsys):
     assert run("amos", "-i", amos) == 0
+    used = raw.parent / "nnUNet_preprocessed" / "Dataset801_X" / "splits_final.json"
+    used.parent.mkdir()
+    used.write_bytes((raw / "Dataset801_X" / "splits_final.json").read_bytes())
     before = content(raw / "Dataset801_X")
     assert run("amos", "-i", amos) == 0
     assert content(raw / "Dataset801_X") == before
     save(amos / "imagesTr" / "amos_0005.nii.gz", ct(5))
     save(amos / "labelsTr" / "amos_0005.nii.gz", np.ones((12, 16, 20), np.uint8))
     assert run("amos", "-i", amos) == 0
-    assert "added 1 cases" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "added 1 cases" in printed
+    # nnU-Net's planner asserts that the split that it copied before is the same.
+    assert f"cp {raw}/Dataset801_X/splits_final.json {used}" in printed
     split = json.loads((raw / "Dataset801_X" / "splits_final.json").read_text())
     assert split == [{"train": ["amos_0001", "amos_0002", "amos_0005"], "val": ["amos_0003"]}]
 
