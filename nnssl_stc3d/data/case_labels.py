@@ -62,18 +62,21 @@ def read_case_labels(file: Path, known: Collection[str], min_classes: int = 2) -
         reader = csv.DictReader(opened, delimiter=";" if ";" in header and "," not in header else ",")
         names = [str(name).strip().lower() for name in reader.fieldnames or []]
         reader.fieldnames = names
-        rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
+        numbers, rows = [], []
+        for row in reader:
+            numbers.append(reader.line_num)
+            rows.append({k: (v or "").strip() for k, v in row.items() if isinstance(k, str)})
     if not {"case", "label"} <= set(names):
         raise ValueError(f"Expected {_COLUMNS}; {file} has the columns {', '.join(names) or '(none)'}.")
     if {"fold", "split"} <= set(names):
         raise ValueError(f"{file} has a column fold and a column split. Keep one of them.")
     required = [name for name in ("case", "label", "patient", "fold", "split") if name in names]
-    for number, row in enumerate(rows, start=2):
+    for number, row in zip(numbers, rows):
         if empty := [name for name in required if not row[name]]:
             raise ValueError(f"{file}, line {number}: {' and '.join(empty)} is empty. Fill it in or remove the line.")
     cases = [row["case"] for row in rows]
     if twice := [case for case, count in Counter(cases).items() if count > 1]:
-        lines = [str(n) for n, case in enumerate(cases, start=2) if case == twice[0]]
+        lines = [str(number) for number, case in zip(numbers, cases) if case == twice[0]]
         raise ValueError(
             f"{file} names {len(twice)} cases more than once, such as {twice[0]} in the lines {', '.join(lines)}. Keep "
             "one line for each case."

@@ -39,7 +39,7 @@ def test_numbers_are_sorted_by_value_and_spreadsheets_may_differ(table):
     [
         ("case,label\ncase_00,a\ncase_77,b\n", r"1 cases that are not in the data, such as case_77.*have case_00"),
         ("case,label\ncase_00,a\ncase_01,\n", "line 3: label is empty"),
-        ("case,label\ncase_00,a\n,b\n", "line 3: case is empty"),
+        ("case,label\n\ncase_00,a\n,b\n", "line 4: case is empty"),
         ("case,label\ncase_00,a\ncase_01\n", "line 3: label is empty"),
         ("case,label\ncase_00,a\ncase_01,a\n", "at least 2 different labels in .*got a"),
         ("case,label\n", "got none"),

@@ -104,6 +104,14 @@ def test_only_the_head_is_trained_and_the_backbone_stays_bit_equal(make_trainer,
     assert all(m.training for m in trainer.network.head.modules())
 
 
+def test_a_compiled_network_is_frozen_as_well(make_trainer):
+    trainer = make_trainer(Linear, fold=0)
+    trainer.initialize()
+    trainer.network = torch.compile(trainer.network)
+    trainer.on_train_epoch_start()
+    assert not any(m.training for m in trainer.network.backbone.modules()) and trainer.network.head.training
+
+
 @pytest.mark.parametrize("probe", [Linear, Nonlinear])
 def test_the_loss_falls_where_features_separate_the_classes(make_trainer, probe):
     trainer = make_trainer(probe, fold=0)
