@@ -29,7 +29,7 @@ def label_curves(rows: Sequence[Row], score: str) -> bytes:
             mine = [row for row in rows if (row.schedule, row.method) == (schedule, method)]
             colour = _colour(method, methods)
             # Side by side, so that intervals do not cover each other.
-            x = np.array([labels.index(row.labels) for row in mine]) + 0.5 * ((index + 0.5) / len(methods) - 0.5)
+            x = np.array([labels.index(row.labels) for row in mine]) + 0.3 * ((index + 0.5) / len(methods) - 0.5)
             axis.plot(x, [row.mean for row in mine], color=colour, marker="o", markersize=4, label=method)
             for position, row in zip(x, mine, strict=True):
                 if row.interval:
@@ -56,7 +56,7 @@ def difference_bars(rows: Sequence[Row], score: str) -> bytes:
         axis.plot([row.difference], [index], "|", color=colour, markersize=14)
     names = [f"{r.method}, {r.labels} labels, {r.schedule}{' *' if r.significant else ''}" for r in shown]
     axis.set_yticks(range(len(shown)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(shown) - 0.5, -0.5)
     tidy(axis, "against scratch, paired by seed (* significant after correction)", f"{score} (points)")
     return to_png(figure)
 

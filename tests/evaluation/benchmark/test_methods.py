@@ -1,0 +1,101 @@
+"""Methods and variants by name, and the trainers that are written for them."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+
+import pytest
+
+from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, find_methods, with_options
+from nnssl_stc3d.evaluation.benchmark.workspace import finetuning_trainer, trainers_source
+from nnssl_stc3d.methods.stc3d import STC3DConfig
+from nnssl_stc3d.views.samplers import TransformRanges
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes the trainers of methods and imports them as nnU-Net does, by file."""
+
+    def write(steps):
+        file = tmp_path / "benchmark_trainers.py"
+        file.write_text(trainers_source(steps, 30), encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("benchmark_trainers", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return write
+
+
+def test_every_method_and_variant_becomes_a_trainer_of_its_length(written):
+    methods = list(METHODS.values()) + [m for ablation in ABLATIONS.values() for m in ablation]
+    module = written(dict.fromkeys(methods, 250))
+    for method in methods:
+        trainer = getattr(module, method.trainer_name("250steps"))
+        assert trainer.epochs * trainer.steps_per_epoch == 250
+        parent = trainer.__mro__[1]
+        assert parent.__name__ == method.trainer
+        changed = {key: value for key, value in asdict(trainer.config).items() if value != asdict(parent.config)[key]}
+        assert changed.keys() == dict(method.changes).keys()
+        assert all(getattr(trainer.config, key) == value for key, value in method.changes)
+        assert getattr(module, method.trainer_name("calibration")).epochs == 2
+
+
+def test_finetunings_of_every_kind_have_the_same_number_of_steps(written):
+    module = written({})
+    for schedule, parent in SCHEDULES.items():
+        trainer = getattr(module, finetuning_trainer(schedule, 30))
+        assert trainer.__mro__[1].__name__ == parent
+    ours = getattr(module, finetuning_trainer("stc3d", 30))
+    assert ours.epochs * ours.steps_per_epoch == 30
+
+
+def test_variants_of_an_ablation_differ_and_share_what_is_equal():
+    for name, methods in ABLATIONS.items():
+        assert len({(m.trainer, m.changes) for m in methods}) == len(methods), name
+        assert len({m.key for m in methods}) == len(methods), name
+    alike = [m for ablation in ABLATIONS.values() for m in ablation if m.changes == (("reg_weight", 0.0),)]
+    assert {m.key for m in alike if m.trainer == "STC3DPretrainTrainer"} == {
+        next(m for m in ABLATIONS["regulariser"] if m.changes).key
+    }
+
+
+def test_transformations_are_switched_one_by_one():
+    ranges = {m.name: dict(m.changes).get("transforms") for m in ABLATIONS["transformations"]}
+    default = STC3DConfig().transforms
+    assert ranges["stc3d-no-transformation"] == TransformRanges.none()
+    rotation = ranges["stc3d-rotation"]
+    assert (rotation.rotation, rotation.translation, rotation.scaling) == (default.rotation, 0.0, (1.0, 1.0))
+
+
+def test_options_of_a_method():
+    (vox2vec, stc3d) = with_options(
+        find_methods(["vox2vec", "scratch", "stc3d"]),
+        ["vox2vec.points=100", "stc3d.grid=[1, 3, 3]", "stc3d.reg_form=eq12"],
+    )
+    assert vox2vec.changes == (("points", 100),) and vox2vec.name == "vox2vec"
+    assert dict(stc3d.changes) == {"grid": (1, 3, 3), "reg_form": "eq12"}
+    assert vox2vec.key != "vox2vec" and vox2vec.described() == "vox2vec (points=100)"
+    assert METHODS["vox2vec"].changes == ()
+
+
+@pytest.mark.parametrize("option", ["points=100", "voco.points=100", "stc3d.points", "stc3d."])
+def test_options_that_cannot_be_read(option):
+    with pytest.raises(ValueError, match="METHOD.OPTION=VALUE with a method of stc3d"):
+        with_options(find_methods(["stc3d"]), [option])
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("stc3d.pints=1", "pints"), ("stc3d.grid=(1, 1, 1)", "at least 2 bases")]
+)
+def test_options_that_a_method_does_not_have(option, reason):
+    (method,) = with_options(find_methods(["stc3d"]), [option])
+    with pytest.raises(ValueError, match=rf"stc3d \(.*{reason}"):
+        trainers_source({method: 0}, 30)
+
+
+@pytest.mark.parametrize("names", [[], ["stc3d", "stc3d"], ["mae"], [""]])
+def test_unknown_methods(names):
+    with pytest.raises(ValueError, match="different methods of scratch, stc3d.*or variants"):
+        find_methods(names)
