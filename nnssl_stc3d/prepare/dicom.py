@@ -38,7 +38,7 @@ class Slice:
         localiser: whether the image type says so.
         frames: in this file.
         size: columns and rows.
-        spacing: mm along columns and rows.
+        spacing: mm along columns and rows; None if they are not given, not positive or no numbers.
         position: of the first pixel's centre in mm; None if not given.
         axes: direction of rows and of columns, six numbers; None if not given.
         components: values per pixel.
@@ -53,7 +53,7 @@ class Slice:
     localiser: bool
     frames: int
     size: tuple[int, int]
-    spacing: tuple[float, float]
+    spacing: tuple[float, float] | None
     position: tuple[float, ...] | None
     axes: tuple[float, ...] | None
     components: int
@@ -158,6 +158,9 @@ def read_slice(path: Path) -> Slice | None:
     frames = text("0028|0008")
     columns, rows = reader.GetSize()[:2]
     width, height = reader.GetSpacing()[:2]
+    # GDCM replaces what it cannot use by 1 mm.
+    given = numbers("0028|0030", 2)
+    usable = given is not None and all(0 < value < np.inf for value in given)
     return Slice(
         path=path,
         series=text("0020|000e"),
@@ -167,7 +170,7 @@ def read_slice(path: Path) -> Slice | None:
         localiser="LOCALIZER" in text("0008|0008").upper().split("\\"),
         frames=int(frames) if frames.isdigit() else 1,
         size=(columns, rows),
-        spacing=(width, height),
+        spacing=(width, height) if usable else None,
         position=numbers("0020|0032", 3),
         axes=numbers("0020|0037", 6),
         components=reader.GetNumberOfComponents(),
@@ -217,12 +220,15 @@ def stack(slices: Sequence[Slice], alone: bool) -> Stacked:
         return result("colour", "is a series of colour images")
     if any(s.position is None or s.axes is None for s in slices):
         return result("unreadable", "has slices without position or orientation (0020,0032 and 0020,0037)")
+    pixels = [s.spacing for s in slices if s.spacing is not None]
+    if len(pixels) < len(slices):
+        return result("spacing", "has slices without two positive numbers as pixel spacing in mm (0028,0030)")
     axes = np.array([s.axes for s in slices])
     spread = float(np.abs(axes - axes[0]).max())
     if spread > _DIRECTION_TOLERANCE:
         groups = len(np.unique(np.round(axes, 2), axis=0))
         return result("mixed-orientation", f"mixes slices of {groups} orientations")
-    sizes = {(s.size, tuple(np.round(s.spacing, 4))) for s in slices}
+    sizes = {(s.size, tuple(np.round(mm, 4))) for s, mm in zip(slices, pixels)}
     if len(sizes) > 1:
         return result("mixed-orientation", f"mixes slices of {len(sizes)} sizes or spacings")
     row, column = axes[0][:3], axes[0][3:]
@@ -252,7 +258,7 @@ def stack(slices: Sequence[Slice], alone: bool) -> Stacked:
     if sideways > _TILT_TOLERANCE:
         return result("tilted", f"has slices that shift sideways by {np.degrees(np.arctan(sideways)):.1f} degrees")
     volume = SeriesVolume(first.path.parent, tuple(s.path.name for s in ordered), first.series, alone)
-    spacing = (*first.spacing, float(drift @ normal) / (len(slices) - 1))
+    spacing = (*pixels[0], float(drift @ normal) / (len(slices) - 1))
     direction = np.stack([row, column, normal], axis=1).ravel()
     header = Header(
         size=(*first.size, len(slices)),

@@ -216,3 +216,41 @@ def test_variables_folders_and_options_that_are_wrong(raw, scans, tmp_path, caps
 def test_several_processes(raw, scans):
     assert main(["prepare", "-i", str(scans), "-d", "801", "-n", "MyCT", "--modality", "CT", "--jobs", "2"]) == 0
     assert len(cases(raw)) == 4
+
+
+def test_every_kind_of_bad_input_is_named_and_nothing_is_changed(raw, scans, dicom_series, capsys):
+    assert prepare("-i", scans, "--modality", "CT") == 0
+    bad = scans / "bad"
+    cut = save(bad / "cut.nii.gz", ct(10))
+    cut.write_bytes(cut.read_bytes()[:-100])
+    for name, value in (("zero", 0.0), ("negative", -1.0)):
+        content = bytearray(save(bad / f"{name}.nii", ct(11)).read_bytes())
+        content[84:88] = np.float32(value).tobytes()  # pixdim[2]
+        (bad / f"{name}.nii").write_bytes(content)
+    header = save(bad / "sheared.mhd", ct(12))
+    header.write_text(header.read_text().replace("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.5 1 0"))
+    broken = ct(13).astype(np.float32)
+    broken[1, 1, 1] = np.nan
+    save(bad / "nan.nii.gz", broken)
+    save(bad / "flat.nii.gz", ct(14)[0])
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((9, 9, 9, 3), np.uint8), isVector=True), str(bad / "rgb.nii.gz"))
+    save(scans / "bad_same.nii.gz", ct(15))
+    save(bad / "same.nrrd", ct(16))
+    next(iter(dicom_series(bad / "gap", ct(17), series="1.17")[4:])).unlink()
+    (bad / "twice" / "copy.dcm").write_bytes(dicom_series(bad / "twice", ct(18), series="1.18")[3].read_bytes())
+    dicom_series(bad / "mixed", ct(19)[:8], series="1.19", prefix="axial")
+    turned = (1, 0, 0, 0, 0, 1, 0, -1, 0)
+    dicom_series(bad / "mixed", ct(20)[:8], direction=turned, series="1.19", prefix="coronal")
+    before = tree(raw / "Dataset801_MyCT"), tree(scans)
+    capsys.readouterr()
+    assert prepare("-i", scans, "--modality", "CT", "--sample", "20") == 1
+    assert (tree(raw / "Dataset801_MyCT"), tree(scans)) == before
+    printed = capsys.readouterr().out
+    for code, count, where in (
+        ("truncated", 1, "cut.nii.gz"), ("spacing", 2, "negative.nii"), ("not-orthonormal", 1, "sheared.mhd"),
+        ("not-finite", 1, "nan.nii.gz"), ("2d", 1, "flat.nii.gz"), ("colour", 1, "rgb.nii.gz"),
+        ("name-collision", 2, "same.nrrd"), ("missing-slices", 1, "gap"), ("duplicate-slices", 1, "twice"),
+        ("mixed-orientation", 1, "mixed"),
+    ):  # fmt: skip
+        start = printed.index(f"[{code}] {count}: ")
+        assert where in printed[start:].split("\n[")[0], code

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from nnssl_stc3d.prepare.corpora.collect import collect, corpus_target
 from nnssl_stc3d.prepare.corpora.corpus import CorpusOptions
 from nnssl_stc3d.prepare.corpora.msd import msd_commands
-from nnssl_stc3d.prepare.corpora.table import CORPORA
+from nnssl_stc3d.prepare.corpora.table import CORPORA, MSD
 from nnssl_stc3d.prepare.writer import write_dataset
 
 ORIGIN, SPACING = (5.0, -6.0, 7.0), (0.8, 0.9, 2.5)
@@ -316,3 +316,9 @@ def test_msd(tmp_path):
     (task / "dataset.json").unlink()
     with pytest.raises(ValueError, match="it lacks dataset.json"):
         msd_commands(task, 801, "Brain", False)
+
+
+@pytest.mark.parametrize("name", [*CORPORA, MSD])
+def test_every_corpus_is_in_the_documentation(repository, name):
+    page = (repository / "documentation" / "corpora.md").read_text(encoding="utf-8")
+    assert f"| `{name}` |" in page and f"nnssl_stc3d import {name} " in page

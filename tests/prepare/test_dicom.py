@@ -132,6 +132,18 @@ def test_a_tilted_gantry(tmp_path, dicom_series, ct):
     assert problem.code == "tilted" and "15.0 degrees" in problem.message
 
 
+@pytest.mark.parametrize("value", [b"0\\0", b"-1\\1", b"a\\b", b""])
+def test_pixel_spacing_that_is_not_positive(tmp_path, dicom_series, ct, value):
+    # GDCM would take 1 mm instead.
+    tag = b"\x28\x00\x30\x00"
+    for file in dicom_series(tmp_path, ct()):
+        before, rest = file.read_bytes().split(tag, 1)
+        length = int.from_bytes(rest[:4], "little")
+        file.write_bytes(before + tag + rest[:4] + value.ljust(length)[:length] + rest[4 + length :])
+    (problem,) = only(tmp_path).problems
+    assert problem.code == "spacing" and "0028,0030" in problem.message
+
+
 def test_slices_without_position(tmp_path, dicom_series, ct):
     slices = [replace(read_slice(file), position=None) for file in dicom_series(tmp_path, ct())]
     _, header, (problem,) = stack(slices, alone=True)

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 
 from nnssl_stc3d.prepare.case import Channel
+from nnssl_stc3d.prepare.checks import ACCEPTABLE, ADVICE
 from nnssl_stc3d.prepare.find import find_volumes
 from nnssl_stc3d.prepare.report import draw, format_problems, format_summary, write_report
 from nnssl_stc3d.prepare.scan import cases_by_name, look_at_some
@@ -52,3 +53,9 @@ def test_figure_has_a_panel_for_each_question(cases):
     titles = [axis.get_title() for axis in draw("X", cases, CT).axes]
     assert [t.split()[0] for t in titles] == ["Size", "Spacing", "Extent", "Values:", "Orientation", "What"]
     assert len(draw("nothing", [], CT).axes) == 6
+
+
+def test_every_problem_is_in_the_documentation(repository):
+    page = (repository / "documentation" / "preparing_data.md").read_text(encoding="utf-8")
+    assert [code for code in ADVICE if f"| `{code}` |" not in page] == []
+    assert [code for code in ACCEPTABLE if f"`--accept {code}`" not in page] == []

@@ -82,6 +82,21 @@ def test_a_folder_that_refuses_is_named(tmp_path, save, ct, monkeypatch):
     assert problem.code == "no-permission" and problem.where == str(tmp_path / "sub")
 
 
+def test_a_file_that_refuses_is_named(tmp_path, save, ct, monkeypatch):
+    path = save(tmp_path / "a.nii.gz", ct())
+    opened = type(path).open
+
+    def refuse(self, *args, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    (found,) = find_volumes(tmp_path).volumes
+    assert [str(p) for p in found.problems] == [f"{path}: may not be read"]
+    assert found.problems[0].code == "no-permission"
+
+
 def test_four_digits_of_a_single_channel(tmp_path, save, ct):
     for name in ("a_0000", "b_0000", "c_0000", "c_0001", "d_0007"):
         save(tmp_path / f"{name}.nii.gz", ct())

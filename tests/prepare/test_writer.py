@@ -205,6 +205,20 @@ def test_a_full_disk(target, scans, monkeypatch):
     assert len(count) - done == 4, "the finished case is not made again"
 
 
+def test_a_folder_that_may_not_be_written_to(target, scans, monkeypatch):
+    staging, make = staging_folder(target.folder), type(target.folder).mkdir
+
+    def refuse(self, *args, **options):
+        if self == staging:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(type(staging), "mkdir", refuse)
+    with pytest.raises(PermissionError, match=f"{staging.parent} may not be written to .*Change its permissions"):
+        write_dataset([scans("a")], target)
+    assert not target.folder.exists()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_disk_that_fills_up_without_a_word_from_itk(tmp_path, ct):
     image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 999, (64, 64, 64)).astype(np.int16))
