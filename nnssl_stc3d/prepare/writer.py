@@ -270,7 +270,7 @@ def _publish_splits(folder: Path, splits: Sequence[Mapping[str, Sequence[str]]],
     for old, new in zip_longest(before, splits, fillvalue=nothing):
         parts = {part: known & {*old.get(part, ()), *new.get(part, ())} for part in ("train", "val")}
         merged.append({part: sorted(names) for part, names in parts.items()})
-    if merged != before:
+    if merged != before and any(parts["val"] for parts in merged):
         write_json(file, merged)
         record.settings = {**record.settings, _SPLITS: file_hash(file)}
         record.write(folder)

@@ -6,7 +6,6 @@ import csv
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from nnssl_stc3d.prepare.checks import Problem, VolumeError
@@ -73,25 +72,23 @@ def list_cc_ccii(files: Sequence[Path], options: CorpusOptions) -> list[CorpusCa
         )
     expected = _published_counts(files)
     stacks = [(key, SliceStack.of(paths, options.spacing)) for key, paths in sorted(scans.items())]
-    found = dict(run_all(partial(_look, expected=expected), stacks, options.jobs, "scans"))
-    return [CorpusCase(case_name(key), (found[key],), diagnosis=key[0], patient=key[1]) for key, _ in stacks]
+    cases = {}
+    for key, found in run_all(_look, stacks, options.jobs, "scans"):
+        count, there = expected.get(key), len(found.volume.files)
+        message = f"has {there} slices, {_CCCII_TABLE} says {count}"
+        wrong = found.header is not None and count not in (None, there)
+        problems = (Problem("missing-slices", message, found.volume.id),) if wrong else ()
+        cases[key] = CorpusCase(case_name(key), (found,), diagnosis=key[0], patient=key[1], problems=problems)
+    return [cases[key] for key, _ in stacks]
 
 
-def _look(
-    item: tuple[tuple[str, str, str], SliceStack], expected: dict[tuple[str, str, str], int]
-) -> tuple[tuple[str, str, str], Found]:
+def _look(item: tuple[tuple[str, str, str], SliceStack]) -> tuple[tuple[str, str, str], Found]:
     key, stack = item
     size = sum(path.stat().st_size for path in stack.files)
     try:
-        header = stack.header()
+        return key, Found(stack, stack.header(), (), size)
     except VolumeError as error:
         return key, Found(stack, None, (error.problem,), size)
-    count = expected.get(key, len(stack.files))
-    problems: tuple[Problem, ...] = ()
-    if count != len(stack.files):
-        message = f"has {len(stack.files)} slices, {_CCCII_TABLE} says {count}"
-        problems = (Problem("missing-slices", message, stack.id),)
-    return key, Found(stack, header, problems, size)
 
 
 def _published_counts(files: Sequence[Path]) -> dict[tuple[str, str, str], int]:
