@@ -12,8 +12,17 @@ from typing import Any
 from nnssl_stc3d.views.samplers import TransformRanges
 
 SCRATCH = "scratch"
-# Way of finetuning -> trainer.
-SCHEDULES = {"stc3d": "STC3DFinetuneTrainer", "stock": "nnUNetTrainer"}
+STOCK = "stock"
+# Way of finetuning -> module of nnssl_stc3d.trainers and trainer; "stock" is nnU-Net's own.
+SCHEDULES = {
+    "stc3d": ("finetune", "STC3DFinetuneTrainer"),
+    STOCK: ("", "nnUNetTrainer"),
+    "frozen-start": ("finetune", "STC3DFrozenStartTrainer"),
+    "linear-probe": ("probe", "STC3DLinearProbeTrainer"),
+    "nonlinear-probe": ("probe", "STC3DNonlinearProbeTrainer"),
+    "linear-probe-decoder": ("probe", "STC3DLinearProbeDecoderTrainer"),
+    "nonlinear-probe-decoder": ("probe", "STC3DNonlinearProbeDecoderTrainer"),
+}
 
 
 @dataclass(frozen=True)

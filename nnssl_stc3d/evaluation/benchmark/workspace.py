@@ -18,7 +18,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
-from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, Method
+from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method
 
 TRAINERS_FILE = "benchmark_trainers.py"
 # Pretrainings log their monitors as often as this, finetunings validate as often.
@@ -170,7 +170,7 @@ class Workspace:
 
 def finetuning_trainer(schedule: str, steps: int) -> str:
     """Name of the trainer of a finetuning schedule for a number of steps."""
-    return f"{SCHEDULES[schedule]}_{steps}steps"
+    return f"{SCHEDULES[schedule][1]}_{steps}steps"
 
 
 def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
@@ -179,7 +179,7 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
     Raises:
         ValueError: a method has no such option, or not with such a value.
     """
-    modules = sorted({method.module for method in steps} | {"finetune"})
+    modules = sorted({m.module for m in steps} | {module for module, _ in SCHEDULES.values() if module})
     lines = [
         '"""Trainers of one benchmark, written by nnssl_stc3d benchmark."""',
         "",
@@ -201,14 +201,14 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
             name = method.trainer_name(f"{number}steps")
             lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config
     per_epoch = finetuning_steps // EPOCHS
-    for schedule, trainer in SCHEDULES.items():
-        name = finetuning_trainer(schedule, finetuning_steps)
-        if schedule != "stock":
-            lines += _subclass(name, f"finetune.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
+    for schedule, (module, trainer) in SCHEDULES.items():
+        if schedule != STOCK:
+            name = finetuning_trainer(schedule, finetuning_steps)
+            lines += _subclass(name, f"{module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
     lines += [
         "",
         "",
-        f"class {finetuning_trainer('stock', finetuning_steps)}({SCHEDULES['stock']}):",
+        f"class {finetuning_trainer(STOCK, finetuning_steps)}({SCHEDULES[STOCK][1]}):",
         "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
         "        super().__init__(plans, configuration, fold, dataset_json, device)",
         f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {per_epoch}",
