@@ -8,6 +8,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnssl_stc3d.modules.feature_pyramid import check_unet
 from nnssl_stc3d.modules.probe import ProbeNetwork
 from nnssl_stc3d.modules.voxel_heads import Layers
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
@@ -56,6 +57,8 @@ class ProbeTrainer(FinetuneTrainer):
         unet = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, False
         )
+        # A transformer's plans name no layers that a head could be made of.
+        check_unet(unet, "probing")
         layers = Layers.of_plans(
             configuration_manager.network_arch_init_kwargs, configuration_manager.network_arch_init_kwargs_req_import
         )

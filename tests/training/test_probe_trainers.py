@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnssl_stc3d.modules.probe import ProbeNetwork
+from nnssl_stc3d.prepare.transformer_plans import derive_transformer_plans
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.probe_trainer import ProbeTrainer
 from nnssl_stc3d.training.schedule import Thaw
@@ -317,3 +318,24 @@ def test_finetuning_is_not_frozen_by_default(make_trainer):
     trainer.initialize()
     (group,) = trainer.optimizer.param_groups
     assert trainer.frozen_epochs == 0 and "thaws" not in group and "Frozen start" not in log_of(trainer)
+
+
+@pytest.fixture
+def primus_plans(tiny_plans):
+    plans = derive_transformer_plans(tiny_plans(), "transformer", "primus", patch_size=(16, 16, 16))
+    smaller = {"embed_dim": 24, "eva_depth": 1, "eva_numheads": 1, "drop_path_rate": 0.0}
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(smaller)
+    return plans
+
+
+def test_transformers_start_frozen_but_are_not_probed(make_trainer, primus_plans):
+    trainer = make_trainer(FrozenStart, primus_plans, fold=0)
+    trainer.initialize()
+    rest, encoder = trainer.optimizer.param_groups
+    network = trainer.network
+    expected = {id(p) for part in (network.eva, network.down_projection) for p in part.parameters()}
+    assert encoder["thaws"] and {id(p) for p in encoder["params"]} == expected
+    assert len(rest["params"]) + len(encoder["params"]) == len(list(network.parameters()))
+    probe = make_trainer(Linear, primus_plans, fold=0)
+    with pytest.raises(NotImplementedError, match="probing supports PlainConvUNet.*got PlansPrimus"):
+        probe.initialize()
