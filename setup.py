@@ -23,6 +23,8 @@ def read_long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
 
 
+MONAI = ["monai>=1.5", "einops"]
+
 setup(
     name="nnssl_stc3d",
     version=read_version(),
@@ -50,11 +52,13 @@ setup(
         "blosc2",
         "safetensors",
         "scikit-learn",
+        # Reads what a GPU has used; does nothing without an NVIDIA driver.
+        "nvidia-ml-py",
     ],
-    # Swin-UNETR; nothing else needs it.
+    # Swin-UNETR and surface Dice; nothing else needs it.
     extras_require={
-        "monai": ["monai>=1.5", "einops"],
-        "test": ["pytest", "ruff", "mypy", "build", "setuptools>=70.1"],
+        "monai": MONAI,
+        "test": ["pytest", "ruff", "mypy", "build", "setuptools>=70.1", *MONAI],
     },
     entry_points={"console_scripts": ["nnssl_stc3d=nnssl_stc3d.cli.main:main"]},
     classifiers=[
