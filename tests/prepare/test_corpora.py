@@ -264,6 +264,10 @@ def test_tcia_covid19(tmp_path, put, dicom_series, ct):
         "volume-covid19-A-0001_01-01-2020-NA-1_2.000000-NA-1", "volume-covid19-A-0002_01-01-2020-NA-2_3.000000-NA-2"
     ]  # fmt: skip
     assert problems(found) == []
+    damaged = base / "volume-covid19-A-0001" / "damaged.dcm"
+    damaged.write_bytes(b"nothing")
+    (problem,) = [p for c in find("tcia-covid19", tmp_path / "corpus").cases for p in c.problems]
+    assert (problem.code, problem.where) == ("unreadable", str(damaged))
     put("nifti/volume-covid19-A-0003.nii.gz", "nifti/volume-covid19-A-0004_ct.nii.gz")
     assert parts(find("tcia-covid19", tmp_path / "corpus"))[0] == ["volume-covid19-A-0003", "volume-covid19-A-0004"]
 

@@ -17,7 +17,8 @@ from nnssl_stc3d.prepare.scan import case_name, volume_name
 from nnssl_stc3d.prepare.slices import SliceStack
 
 # Folder of the collection, or of a patient of it.
-_TCIA = re.compile(r"/(?:ct-images-in-covid-19|volume-covid19-a-\d{4})/", re.IGNORECASE)
+_COLLECTION = re.compile(r"ct[-_ ]images[-_ ]in[-_ ]covid[-_ ]19", re.IGNORECASE)
+_PATIENT = re.compile(r"volume-covid19-a-\d{4}", re.IGNORECASE)
 _CLASSES = "NCP|CP|Normal"
 _CCCII_TABLE = "unzip_filenames.csv"
 
@@ -36,21 +37,25 @@ def list_tcia_covid19(files: Sequence[Path], options: CorpusOptions) -> list[Cor
     nifti = by_name(files, r"(?P<id>volume-covid19-A-\d{4}(?:_\d+)?)(?:_ct)?\.nii(?:\.gz)?")
     if nifti:
         return [CorpusCase(name, (path,), patient=name) for name, path in nifti.items()]
-    slices = [path for path in files if _TCIA.search(path.as_posix()) and is_dicom(path)]
-    cases = []
-    for found in probe_files(slices, None, options.jobs).volumes:
-        root = _collection(found.volume.files[0])
-        parts = found.volume.files[0].relative_to(root).parts
-        cases.append(CorpusCase(volume_name(found, root), (found,), patient=parts[0]))
+    roots = {path: root for path in files if (root := _collection(path)) is not None}
+    search = probe_files([path for path in roots if is_dicom(path)], None, options.jobs)
+    # Slices that cannot be read belong to no series that is known.
+    cases = [CorpusCase(case_name([problem.where]), (), problems=(problem,)) for problem in search.problems]
+    for found in search.volumes:
+        root = roots[found.volume.files[0]]
+        patient = found.volume.files[0].relative_to(root).parts[0]
+        cases.append(CorpusCase(volume_name(found, root), (found,), patient=patient))
     return cases
 
 
-def _collection(path: Path) -> Path:
-    """Folder that holds the folders of the patients."""
+def _collection(path: Path) -> Path | None:
+    """Folder that holds the folders of the patients; None if the file belongs to something else."""
     for folder in path.parents:
-        if folder.name.lower() == "ct-images-in-covid-19":
+        if _COLLECTION.fullmatch(folder.name):
             return folder
-    return next(folder.parent for folder in path.parents if folder.name.lower().startswith("volume-covid19-a-"))
+        if _PATIENT.fullmatch(folder.name):
+            return folder.parent
+    return None
 
 
 def list_cc_ccii(files: Sequence[Path], options: CorpusOptions) -> list[CorpusCase]:

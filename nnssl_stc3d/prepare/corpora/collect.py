@@ -126,7 +126,8 @@ def _counts(cases: Sequence[CorpusCase]) -> str:
 def _placed(case: CorpusCase, body: bool, held_out: bool) -> CorpusCase | None:
     """The case as it is taken; None if it is not. Cases of the part "test" go to imagesTs."""
     if body:
-        if not case.images or (case.part in (VALIDATION, TEST) and not held_out):
+        is_label_only = case.label is not None and not case.images
+        if is_label_only or (case.part in (VALIDATION, TEST) and not held_out):
             return None
         # A missing segmentation is no problem then.
         problems = tuple(problem for problem in case.problems if problem.code != "label")
