@@ -24,10 +24,11 @@ COMMANDS = {
     "export": "write a checkpoint in a form for use elsewhere",
     "benchmark": "compare pretraining methods with training from scratch when few cases are labelled",
     "classify": "classify new scans with a model of STC3DClassifyTrainer",
+    "inspect": "show what a checkpoint has learnt: spectrum, invariance, similarity, voxel embeddings, neighbours",
     "embed": "write maps of voxel embeddings, by which Alice finds the same place in two volumes",
 }
-# A keyword of Python is no name for a module.
-MODULES = {"import": "import_corpus"}
+# A keyword of Python is no name for a module, and one of the standard library's had better not be taken.
+MODULES = {"import": "import_corpus", "inspect": "inspect_checkpoint"}
 DEBUG_VARIABLE = "NNSSL_STC3D_DEBUG"
 
 

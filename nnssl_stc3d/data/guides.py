@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,10 +142,22 @@ def _write(folder: Path, cases: CaseDataset, identifier: str, rule: BodyRule, ke
 
 
 def _coarse(cases: CaseDataset, identifier: str, rule: BodyRule) -> np.ndarray:
-    """Mean of each cell of a case ``(z, y, x)`` float32; for kind "nonzero" the share of nonzero voxels."""
     array = cases.open(identifier)
+    return coarse_means(array, rule, rule.grid(array.shape[1:]))
+
+
+def coarse_means(array: Any, rule: BodyRule, grid: tuple[int, int, int]) -> np.ndarray:
+    """What :func:`nnssl_stc3d.data.body.body_mask` looks at: the mean of each cell of a volume.
+
+    Args:
+        array: ``(C, Z, Y, X)``, an array or a file of one; channels are read one after the other.
+        rule: which channels to look at; for its kind "nonzero" the mean is the share of nonzero voxels.
+        grid: cells along each axis.
+
+    Returns:
+        ``(z, y, x)`` float32.
+    """
     channels = range(array.shape[0]) if rule.channel is None else [rule.channel]
-    grid = rule.grid(array.shape[1:])
     total = torch.zeros(grid)
     for channel in channels:
         volume = torch.from_numpy(np.asarray(array[channel], dtype=np.float32))

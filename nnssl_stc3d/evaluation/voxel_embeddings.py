@@ -179,16 +179,8 @@ def load_embedder(checkpoint: dict[str, Any], device: torch.device) -> VoxelEmbe
     if not checkpoint.get("method_state"):
         raise ValueError("the checkpoint holds no heads: expected the checkpoint_final.pth of a pretraining, no export")
     method_class, config_class = METHODS[name]
-    plans_manager = PlansManager(checkpoint["plans"])
-    configuration = plans_manager.get_configuration(checkpoint["configuration"])
-    dataset_json = checkpoint["dataset_json"]
-    network = nnUNetTrainer.build_network_architecture(
-        plans_manager,
-        configuration,
-        determine_num_input_channels(plans_manager, configuration, dataset_json),
-        plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
-        True,
-    )
+    network = build_network(checkpoint["plans"], checkpoint["configuration"], checkpoint["dataset_json"])
+    configuration = PlansManager(checkpoint["plans"]).get_configuration(checkpoint["configuration"])
     config = config_from_dict(config_class, checkpoint["method"]["config"])
     method = method_class(network, config)
     if getattr(method, "voxel_head", None) is None:
@@ -199,6 +191,19 @@ def load_embedder(checkpoint: dict[str, Any], device: torch.device) -> VoxelEmbe
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights do not fit its own plans: {error}") from error
     return VoxelEmbedder(method, config.view_shape or configuration.patch_size, device)
+
+
+def build_network(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
+    """The untrained network of a plan, as nnU-Net's trainer builds it."""
+    plans_manager = PlansManager(plans)
+    resolved = plans_manager.get_configuration(configuration)
+    return nnUNetTrainer.build_network_architecture(
+        plans_manager,
+        resolved,
+        determine_num_input_channels(plans_manager, resolved, dataset_json),
+        plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+        True,
+    )
 
 
 def embed_cases(

@@ -25,13 +25,17 @@ def collapse_monitors(pairs: Tensor) -> dict[str, float]:
     """
     z = F.normalize(pairs.detach().float(), dim=-1)
     flat = z.flatten(0, 1)
-    singular = torch.linalg.svdvals(flat)
-    share = singular / singular.sum().clamp(min=1e-12)
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
     distance = torch.pdist(flat).square()
     return {
-        "effective_rank": float(entropy.exp()),
+        "effective_rank": effective_rank(flat),
         "embedding_std": float(flat.std(0).mean() * flat.shape[1] ** 0.5),
         "alignment": float((z[:, 0] - z[:, 1]).square().sum(-1).mean()),
         "uniformity": float((-2 * distance).exp().mean().log()),
     }
+
+
+def effective_rank(rows: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values of ``(N, D)`` (Roy & Vetterli 2007)."""
+    singular = torch.linalg.svdvals(rows)
+    share = singular / singular.sum().clamp(min=1e-12)
+    return float((-(share * share.clamp(min=1e-12).log()).sum()).exp())

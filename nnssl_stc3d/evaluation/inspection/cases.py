@@ -1,0 +1,179 @@
+"""Cases that an inspection looks at: which, where their body is, and what is labelled in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+
+from nnssl_stc3d.data.body import BodyRule, body_mask
+from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.data.guides import coarse_means
+from nnssl_stc3d.transfer.differences import plans_of_checkpoint
+from nnssl_stc3d.views.guide import Guide
+
+# A map has about this many cells along the longest axis of the largest case.
+_CELLS_ALONG = 64
+# Of labels that are no anatomy: prepare writes body masks of unlabelled scans under this name.
+_BODY = "body"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The cases that are looked at.
+
+    Attributes:
+        identifiers: of the cases.
+        unseen: whether none of the checkpoints was trained on any of them, as far as can be told.
+        statement: how that is known, a sentence.
+    """
+
+    identifiers: list[str]
+    unseen: bool
+    statement: str
+
+
+def choose_cases(
+    identifiers: Sequence[str],
+    checkpoints: Sequence[dict[str, Any]],
+    dataset: str,
+    splits: Sequence[Mapping[str, Sequence[str]]] | None,
+    limit: int,
+    wanted: str | None = None,
+) -> Chosen:
+    """Prefer cases that no checkpoint was trained on.
+
+    Args:
+        identifiers: all preprocessed cases.
+        checkpoints: with the dataset and the fold that they were trained on.
+        dataset: name of the dataset of the cases.
+        splits: content of its splits_final.json, if there is one.
+        limit: cases at most, evenly spread over the sorted ones.
+        wanted: a case that has to be among them, and comes first.
+
+    Raises:
+        ValueError: if the wanted case is not there, or there are fewer than two cases.
+    """
+    everything = sorted(identifiers)
+    if wanted is not None and wanted not in everything:
+        listed = ", ".join(everything[:8]) + (", ..." if len(everything) > 8 else "")
+        raise ValueError(f"expected a case of {dataset}, got {wanted}. Its cases are {listed}.")
+    if len(everything) < 2:
+        raise ValueError(f"expected at least 2 preprocessed cases of {dataset}, got {len(everything)}")
+    validation: set[str] = set(everything)
+    doubts = []
+    for checkpoint in checkpoints:
+        reference = plans_of_checkpoint(checkpoint)
+        if reference is not None and reference.plans.get("dataset_name") != dataset:
+            continue
+        fold = (checkpoint.get("init_args") or {}).get("fold")
+        if not isinstance(fold, int) or splits is None or fold >= len(splits):
+            doubts.append("on all cases of this dataset" if fold == "all" else "on cases that it does not name")
+            continue
+        validation &= set(splits[fold]["val"])
+    usable = sorted(validation)
+    if doubts:
+        statement = f"The cases may have been trained on: a checkpoint was trained {doubts[0]}."
+        usable = everything
+    elif len(usable) < 2:
+        statement = "The cases were trained on: the validation cases of the checkpoints' folds are fewer than two."
+        usable = everything
+    elif usable == everything:
+        statement = "No checkpoint was trained on this dataset, by its name."
+    else:
+        statement = "No checkpoint was trained on these cases: they are validation cases of the checkpoints' folds."
+    unseen = statement.startswith("No checkpoint")
+    spread = [
+        usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, min(limit, len(usable))).round().astype(int))
+    ]
+    if wanted is not None:
+        if unseen and wanted not in usable:
+            unseen, statement = False, f"{wanted}, the case of the point, was trained on; no checkpoint saw the others."
+        spread = [wanted, *(i for i in spread if i != wanted)][: max(2, limit)]
+    return Chosen(spread, unseen, statement)
+
+
+@dataclass
+class InspectedCases:
+    """Chosen cases with their bodies on the grid of the maps.
+
+    Attributes:
+        images: preprocessed images.
+        names: identifiers in the order of the inspection.
+        rule: how body is told from air.
+        cell_mm: size of the grid's cells, about.
+        label_names: value -> name, without the background; empty if nothing is labelled.
+    """
+
+    images: CaseDataset
+    names: list[str]
+    rule: BodyRule
+    cell_mm: float
+    label_names: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Millimetres per voxel, (z, y, x)."""
+        return self.rule.spacing
+
+    def volume(self, name: str) -> np.ndarray:
+        """The image of a case, ``(C, Z, Y, X)`` float32."""
+        z, y, x = self.images.shape(name)
+        return self.images.read(name, ((0, 0, 0), (z, y, x)))
+
+    def grid(self, name: str) -> tuple[int, int, int]:
+        """Cells along each axis of a case."""
+        shape = self.images.shape(name)
+        z, y, x = (max(1, min(n, round(n * s / self.cell_mm))) for n, s in zip(shape, self.spacing))
+        return z, y, x
+
+    def guide(self, name: str) -> Guide:
+        """The body of a case."""
+        grid = self.grid(name)
+        body, _ = body_mask(coarse_means(self.images.open(name), self.rule, grid), self.rule)
+        z, y, x = (n / g for n, g in zip(self.images.shape(name), grid))
+        return Guide((z, y, x), body)
+
+    def labels(self, name: str) -> np.ndarray | None:
+        """Label map ``(Z, Y, X)`` of a case, or None if nothing is labelled."""
+        file = label_file(self.images.folder, name)
+        if not self.label_names or not file.is_file():
+            return None
+        return np.asarray(blosc2.open(str(file), mode="r", dparams={"nthreads": 1})[0])
+
+
+def label_file(folder: Path, name: str) -> Path:
+    """Where nnU-Net keeps the preprocessed label map of a case."""
+    return folder / f"{name}_seg.b2nd"
+
+
+def anatomical_labels(dataset_json: Mapping[str, Any]) -> dict[int, str]:
+    """Value -> name of the labels of a dataset, without background, ignored voxels and body masks.
+
+    Regions of several values keep the values apart, each named by the smallest region that holds it.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    for name, values in dataset_json.get("labels", {}).items():
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        for value in values:
+            size = found.get(int(value), (len(values) + 1, ""))[0]
+            if int(value) > 0 and name not in ("ignore", _BODY) and len(values) < size:
+                found[int(value)] = (len(values), name)
+    return {value: name for value, (_, name) in sorted(found.items())}
+
+
+def default_cell(shapes: Sequence[Sequence[int]], spacing: Sequence[float]) -> float:
+    """Size of a cell in mm with which the largest case has 64 cells along its longest axis, a voxel at least."""
+    longest = max(n * s for shape in shapes for n, s in zip(shape, spacing))
+    return max(longest / _CELLS_ALONG, min(spacing))
+
+
+def middle_of_body(guide: Guide) -> np.ndarray:
+    """Voxel ``(3,)`` at the centre of the cell of the body that is closest to the body's centroid."""
+    cells = np.argwhere(guide.body)
+    nearest = cells[((cells - cells.mean(axis=0)) ** 2).sum(axis=1).argmin()]
+    return (nearest + 0.5) * np.asarray(guide.cell) - 0.5
