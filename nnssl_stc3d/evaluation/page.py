@@ -63,7 +63,8 @@ h2 {{ font-size: 1.2rem; margin-top: 2.4rem; border-bottom: 1px solid #dde1e6; p
 .caveat {{ background: #fff6e0; border-left: 4px solid #d99a00; padding: .6rem 1rem; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }}
 dt {{ color: #5b6470; }} dd {{ margin: 0; }}
-table {{ border-collapse: collapse; margin: .8rem 0; }}
+table {{ border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }}
+td {{ white-space: nowrap; }}
 th, td {{ padding: .25rem .9rem; text-align: right; font-variant-numeric: tabular-nums; }}
 th:first-child {{ text-align: left; font-weight: 400; }}
 thead th {{ border-bottom: 2px solid #1d2129; font-weight: 600; }}

@@ -100,7 +100,7 @@ def write_report(
         sections.append(section("Predictions", picture(overlays[0], "overlays"), overlays[1]))
     if cost:
         sections.append(section("Cost", _cost_table(runs, cost)))
-    title = f"Pretraining on {settings.pretraining.name}, few labels of {settings.target.name}"
+    title = f"What pretraining on {settings.pretraining.name} is worth with few labels of {settings.target.name}"
     missing = sum(isinstance(run, Finetuning) for run in runs) - len(results)
     warning = caveat(rows["Dice"], missing, settings.cases)
     page = render_page(title, verdict(rows["Dice"]), warning, facts, sections)

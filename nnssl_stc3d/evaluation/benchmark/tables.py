@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -24,12 +24,17 @@ def cells(row: Row) -> list[str]:
     start = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}", _span(row.interval)]
     if row.difference is None:
         return start + [""] * (len(HEAD) - len(start))
-    p = "-" if row.p_adjusted is None else f"{row.p_adjusted:.3f}"
-    return [*start, f"{row.difference:+.1f}", _span(row.difference_interval, "+"), p]
+    p = "-" if row.p_adjusted is None else "<0.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}"
+    return [*start, _points(row.difference), _span(row.difference_interval, _points), p]
 
 
-def _span(interval: Interval | None, sign: str = "") -> str:
-    return f"{interval[0]:{sign}.1f} to {interval[1]:{sign}.1f}" if interval else "-"
+def _points(value: float) -> str:
+    """With its sign, which zero has not."""
+    return f"{round(value, 1) + 0.0:+.1f}".replace("+0.0", "0.0")
+
+
+def _span(interval: Interval | None, shown: Callable[[float], str] = "{:.1f}".format) -> str:
+    return f"{shown(interval[0])} to {shown(interval[1])}" if interval else "-"
 
 
 def markdown(rows: Sequence[Row], score: str) -> str:
@@ -85,7 +90,7 @@ def perturbed_html(rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
             clean = next(
                 (c for c in rows[perturbation, "none"] if _kind(c) == _kind(row) and c.seeds == row.seeds), None
             )
-            lost = f"{row.mean - clean.mean:+.1f}" if clean and level != "none" else ""
+            lost = _points(row.mean - clean.mean) if clean and level != "none" else ""
             labels, schedule, method, seeds, *rest = cells(row)
             lines.append([perturbation, level, labels, schedule, method, seeds, rest[0], lost, *rest[2:]])
             tones.append(("gain" if (row.difference or 0) > 0 else "loss") if row.significant else "")
