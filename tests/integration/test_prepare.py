@@ -65,3 +65,38 @@ def test_another_run_changes_nothing(workspace, prepared):
     scans = (prepared / "imagesTr" / "a_0000.nii.gz").resolve().parent
     run = workspace.run("nnssl_stc3d", "prepare", "-i", scans, "-d", 905, "-n", "Prepared", "--modality", "CT").ok()
     assert "6 written before" in run.output and {f: f.lstat().st_mtime_ns for f in prepared.rglob("*")} == before
+
+
+def test_from_a_folder_of_scans_to_a_prediction(workspace, prepared, tmp_path):
+    """The target has another spacing and two channels: the pretraining gets its plans, the weights an adapted stem."""
+    target, plans, aligned = "Dataset902_TinyMR", "tinyAniso", "tinyAnisoAligned"
+    run = workspace.run(
+        "nnssl_stc3d", "align-plans", "--pretrain", 905, "--target", 902, "-p", plans, "-o", aligned, "-np", 1,
+        nnUNet_n_proc_DA="1",
+    ).ok()  # fmt: skip
+    assert f"-plans_name {aligned}" in run.output and "-pretrained_weights" in run.output
+    own, other = (
+        json.loads((workspace.preprocessed(dataset) / f"{name}.json").read_text())["configurations"]["3d_fullres"]
+        for dataset, name in ((DATASET, aligned), (target, plans))
+    )
+    assert own["spacing"] == other["spacing"] == [5.0, 1.0, 1.0]
+    assert own["architecture"] == other["architecture"] and own["normalization_schemes"] == ["CTNormalization"]
+    workspace.run(
+        "nnUNetv2_preprocess", "-d", 905, "-plans_name", aligned, "-c", "3d_fullres", "-np", 1, nnUNet_n_proc_DA="1"
+    ).ok()
+    pretrained = workspace.train(DATASET, "all", "OneStepPretrainTrainer", aligned).ok()
+    finetuned = workspace.train(
+        target, 0, "ShortFinetuneTrainer", plans, "-pretrained_weights", pretrained.folder / "checkpoint_final.pth"
+    ).ok()
+    log = next(finetuned.folder.glob("training_log_*")).read_text(encoding="utf-8")
+    assert "1 -> 2" in log, log[-3000:]
+
+    images = sorted((workspace.root / "nnUNet_raw" / target / "imagesTr").glob("*_000[01].nii.gz"))[:2]
+    (tmp_path / "in").mkdir()
+    for image in images:
+        (tmp_path / "in" / image.name).symlink_to(image)
+    workspace.predict(target, 0, "ShortFinetuneTrainer", plans, tmp_path / "in", tmp_path / "out").ok()
+    (prediction,) = (tmp_path / "out").glob("*.nii.gz")
+    predicted, image = sitk.ReadImage(str(prediction)), sitk.ReadImage(str(images[0]))
+    assert predicted.GetSize() == image.GetSize() and predicted.GetSpacing() == image.GetSpacing()
+    assert sitk.GetArrayViewFromImage(predicted).max() <= 2
