@@ -192,8 +192,8 @@ def call(command: list[str], settings: Settings, results: str, log: Path, traine
     with open(settings.work / "commands.txt", "a", encoding="utf-8") as file:
         file.write(shlex.join(command) + "\n")
     if command[0] in ("nnUNetv2_train", "nnUNetv2_predict"):
-        wrapper = Path(__file__).with_name("nnunet_run.py")
-        command = [sys.executable, str(wrapper), str(settings.threads), str(seed), *command]
+        wrapper = "nnssl_stc3d.evaluation.benchmark.seeded"
+        command = [sys.executable, "-m", wrapper, str(seed), str(settings.threads), *command]
     elif command[0] == "nnssl_stc3d":
         command = [sys.executable, "-m", *command]
     else:
