@@ -1,0 +1,123 @@
+"""What a benchmark writes and links in its folder, and what it refuses before any run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+
+import pytest
+
+from nnssl_stc3d.evaluation.benchmark import seeded
+from nnssl_stc3d.evaluation.benchmark.design import draw_split
+from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, environment
+
+CASES = [f"case{i}" for i in range(8)]
+NAME = "Dataset004_Made"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset of a user whose files are empty."""
+    raw, folder = tmp_path / "raw" / NAME, tmp_path / "preprocessed" / NAME
+    plans = {
+        "plans_name": "nnUNetPlans",
+        "dataset_name": NAME,
+        "configurations": {"3d_fullres": {"data_identifier": "nnUNetPlans_3d_fullres", "architecture": {}}},
+    }
+    files = [folder / "nnUNetPlans_3d_fullres" / f"{c}{end}" for c in CASES for end in (".b2nd", "_seg.b2nd", ".pkl")]
+    files += [folder / "gt_segmentations" / f"{c}.nii.gz" for c in CASES]
+    files += [raw / "imagesTr" / f"{c}_{channel:04d}.nii.gz" for c in CASES for channel in (0, 1)]
+    files += [raw / "labelsTr" / f"{c}.nii.gz" for c in CASES]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    for place in (raw, folder):
+        (place / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".nii.gz"}))
+    (folder / "splits_final.json").write_text("[]")
+    return Dataset(raw, folder, plans, "3d_fullres")
+
+
+@pytest.fixture
+def split():
+    return draw_split(CASES, 2, 1, 0)
+
+
+def test_test_cases_are_linked_for_prediction_only(dataset, split, tmp_path):
+    assert dataset.cases() == CASES and dataset.number == "4"
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split)
+    own = workspace.preprocessed / NAME
+    assert {f.name for f in own.rglob("*_seg.b2nd")} == {f"{c}_seg.b2nd" for c in split.development}
+    assert {f.name[:5] for f in (own / "gt_segmentations").iterdir()} == set(split.development)
+    images, labels = workspace.cases("test")
+    assert {f.name for f in labels.iterdir()} == {f"{c}.nii.gz" for c in split.test}
+    assert len(list(images.iterdir())) == 4 and all(f.is_symlink() for f in images.iterdir())
+    assert workspace.ending(dataset) == ".nii.gz"
+    workspace.link_datasets(dataset, split)
+
+
+def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, split, tmp_path):
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split)
+    assert [workspace.fold(dataset, split, *key) for key in ((2, 0), (1, 0), (2, 1), (2, 0))] == [0, 1, 2, 0]
+    folds = json.loads((workspace.preprocessed / NAME / "splits_final.json").read_text())
+    assert [fold["train"] for fold in folds] == [split.labelled(2, 0), split.labelled(1, 0), split.labelled(2, 1)]
+    assert (dataset.preprocessed / "splits_final.json").read_text() == "[]"
+
+
+def test_plans_that_have_changed(dataset, split, tmp_path):
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split)
+    dataset.plans["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
+    with pytest.raises(ValueError, match="plans nnUNetPlans of Dataset004_Made have changed"):
+        workspace.link_datasets(dataset, split)
+
+
+def test_files_that_are_missing(dataset, split, tmp_path):
+    for image in (dataset.raw / "imagesTr").glob(f"{split.test[0]}_*"):
+        image.unlink()
+    with pytest.raises(ValueError, match=f"expected images {split.test[0]}_0000.nii.gz in .*imagesTr, found none"):
+        Workspace(tmp_path / "b").link_datasets(dataset, split)
+    for file in dataset.data.iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="Run nnUNetv2_preprocess -d 4 -plans_name nnUNetPlans -c 3d_fullres"):
+        dataset.cases()
+
+
+def test_variables_of_a_run(tmp_path):
+    variables = environment(Workspace(tmp_path), "stc3d/50steps/seed1", threads=2, workers=0)
+    assert variables["nnUNet_results"].endswith("results/stc3d/50steps/seed1")
+    assert variables["nnUNet_extTrainer"] == str(tmp_path / "trainers")
+    assert variables["OMP_NUM_THREADS"] == "2" and variables["nnUNet_n_proc_DA"] == "0"
+    assert "OMP_NUM_THREADS" not in environment(Workspace(tmp_path), "scratch", threads=0, workers=8)
+
+
+class Command:
+    """A console command that draws numbers."""
+
+    name = "draw"
+
+    @staticmethod
+    def load():
+        def draw():
+            import numpy
+            import torch
+
+            return random.random(), numpy.random.rand(), torch.rand(1).item(), os.cpu_count()
+
+        return draw
+
+
+def test_a_seed_fixes_what_a_command_draws(monkeypatch):
+    monkeypatch.setattr(seeded, "entry_points", lambda group: [Command])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(seeded.sys, "argv", ["before"])
+    drawn = [seeded.main([seed, "0", "draw", "-x"]) for seed in ("3", "3", "4")]
+    assert drawn[0] == drawn[1] and len(set(drawn[1][:3] + drawn[2][:3])) == 6
+    assert drawn[0][3] == 12 and os.environ["OMP_NUM_THREADS"] == "7" and seeded.sys.argv == ["draw", "-x"]
+    assert seeded.main(["3", "1", "draw"])[3] == 1 and os.environ["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(ValueError, match="such as nnUNetv2_train, got 'other'"):
+        seeded.main(["3", "1", "other"])
