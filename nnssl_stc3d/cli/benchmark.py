@@ -64,6 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument(
         "--cases", choices=["test", "validation"], help="what is predicted (default: test, validation for --ablation)"
     )
+    parser.add_argument("--reference", default=SCRATCH, help="compare the others with this one (default: scratch)")
     parser.add_argument(
         "--robustness", default="", help=f"predict perturbed copies of the cases, too: {','.join(STRENGTHS)}"
     )
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             cases=args.cases,
             robustness=tuple(p for p in args.robustness.split(",") if p),
             tolerance=args.nsd_tolerance,
+            reference=args.reference,
             device=args.device,
             gpus=tuple(g for g in args.gpus.split(",") if g),
             jobs=args.jobs,

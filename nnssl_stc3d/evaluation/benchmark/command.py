@@ -64,6 +64,7 @@ class Options:
     cases: str | None
     robustness: tuple[str, ...]
     tolerance: float
+    reference: str
     device: str
     gpus: tuple[str, ...]
     jobs: int
@@ -112,7 +113,7 @@ def benchmark(options: Options) -> int:
     failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
     folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
     tolerance = options.tolerance if surface_dice.is_available() else 0.0
-    rows = write_report(runs, settings, _facts(options, settings, steps, budget), folder, tolerance)
+    rows = write_report(runs, settings, _facts(options, settings, steps, budget), folder, tolerance, options.reference)
     print(f"\n{markdown(rows, 'Dice')}\nWrote {folder / 'index.html'}")
     if options.tolerance and not tolerance:
         print(f"Left out: {surface_dice.MISSING}")
@@ -127,6 +128,8 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
         raise ValueError("an ablation is for choosing, so it is evaluated on validation cases: leave --cases test out")
     names = [m.name for m in ABLATIONS[options.ablation]] if options.ablation else list(options.methods)
     methods = with_options(find_methods(names), options.options)
+    if options.reference not in [SCRATCH, *(method.name for method in methods)]:
+        raise ValueError(f"--reference must be one of the compared methods, got {options.reference}")
     unknown = [name for name in options.schedules if name not in SCHEDULES]
     if unknown or not options.schedules or len(set(options.schedules)) < len(options.schedules):
         raise ValueError(

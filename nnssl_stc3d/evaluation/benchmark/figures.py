@@ -42,7 +42,7 @@ def label_curves(rows: Sequence[Row], score: str) -> bytes:
 
 
 def difference_bars(rows: Sequence[Row], score: str) -> bytes:
-    """Difference to scratch of each method, with its interval over seeds and a dot for each seed."""
+    """Difference of each method to the reference, with its interval over seeds and a dot for each seed."""
     shown = [row for row in rows if row.difference is not None]
     methods = list(dict.fromkeys(row.method for row in rows))
     figure, axes = new_figure(7.5, 0.9 + 0.32 * len(shown))
@@ -57,7 +57,7 @@ def difference_bars(rows: Sequence[Row], score: str) -> bytes:
     names = [f"{r.method}, {r.labels} labels, {r.schedule}{' *' if r.significant else ''}" for r in shown]
     axis.set_yticks(range(len(shown)), names)
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    tidy(axis, "against scratch, paired by seed (* significant after correction)", f"{score} (points)")
+    tidy(axis, f"against {rows[0].reference}, paired by seed (* significant after correction)", f"{score} (points)")
     return to_png(figure)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from nnssl_stc3d.evaluation.benchmark import figures, tables
 from nnssl_stc3d.evaluation.benchmark.execution import cost_file
+from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH
 from nnssl_stc3d.evaluation.benchmark.results import read_dice, read_perturbed_dice, read_surface_dice
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected
@@ -27,7 +28,12 @@ _EXPLANATION = (
 
 
 def write_report(
-    runs: Sequence[Run], settings: Settings, facts: Mapping[str, str], folder: Path, tolerance: float = 0.0
+    runs: Sequence[Run],
+    settings: Settings,
+    facts: Mapping[str, str],
+    folder: Path,
+    tolerance: float = 0.0,
+    reference: str = SCRATCH,
 ) -> list[Row]:
     """Writes everything about the runs that are finished.
 
@@ -37,6 +43,7 @@ def write_report(
         facts: what the page says about them, name -> value.
         folder: to write to; files of an earlier report are replaced.
         tolerance: of normalised surface Dice, in mm; 0 leaves it out.
+        reference: method that the others are compared with.
 
     Returns:
         The rows of the table of Dice.
@@ -50,8 +57,8 @@ def write_report(
     scores = {"Dice": results}
     if tolerance:
         scores[f"NSD {tolerance:g} mm"] = read_surface_dice(runs, settings, tolerance)
-    rows = {name: corrected(compare(some)) for name, some in scores.items()}
-    perturbed = _compare_perturbed(read_perturbed_dice(runs, settings))
+    rows = {name: corrected(compare(some, reference)) for name, some in scores.items()}
+    perturbed = _compare_perturbed(read_perturbed_dice(runs, settings), reference)
     cost: Cost = {
         run.name: json.loads(cost_file(run, settings).read_text(encoding="utf-8"))
         for run in runs
@@ -91,7 +98,7 @@ def write_report(
     sections = [section("Dice against labelled cases", curves)]
     for name, some in rows.items():
         body, note = (differences, _EXPLANATION) if name == "Dice" else ("", "")
-        sections.append(section(f"{name} against scratch", body + tables.comparison_html(some, name), note))
+        sections.append(section(f"{name} against {reference}", body + tables.comparison_html(some, name), note))
         sections.append(section(f"{name} of each structure", tables.structures_html(some)))
     if perturbed:
         body = picture(pictures["robustness.png"], "Dice against perturbation") + tables.perturbed_html(perturbed)
@@ -112,22 +119,24 @@ def _as_dict(row: Row) -> dict[str, object]:
     return dataclasses.asdict(row) | {"significant": row.significant}
 
 
-def _compare_perturbed(results: Mapping[tuple[str, str], Sequence[Result]]) -> dict[tuple[str, str], list[Row]]:
+def _compare_perturbed(
+    results: Mapping[tuple[str, str], Sequence[Result]], reference: str
+) -> dict[tuple[str, str], list[Row]]:
     """Rows of every perturbation and level, corrected together."""
-    compared = {kind: compare(some) for kind, some in results.items()}
+    compared = {kind: compare(some, reference) for kind, some in results.items()}
     rows = iter(corrected([row for some in compared.values() for row in some]))
     return {kind: [next(rows) for _ in some] for kind, some in compared.items()}
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Which differences to scratch are significant, in a sentence."""
+    """Which differences to the reference are significant, in a sentence."""
     tested = [row for row in rows if row.p_adjusted is not None]
     if not tested:
-        return "Too few seeds, or no runs from scratch: nothing can be said about significance."
+        return f"Too few seeds, or no runs of {rows[0].reference}: nothing can be said about significance."
     won = [_label(row) for row in tested if row.significant and (row.difference or 0) > 0]
     lost = [_label(row) for row in tested if row.significant and (row.difference or 0) < 0]
-    parts = [f"Better than scratch: {', '.join(won)}." if won else ""]
-    parts.append(f"Worse than scratch: {', '.join(lost)}." if lost else "")
+    parts = [f"Better than {rows[0].reference}: {', '.join(won)}." if won else ""]
+    parts.append(f"Worse than {rows[0].reference}: {', '.join(lost)}." if lost else "")
     rest = len(tested) - len(won) - len(lost)
     parts.append(f"Not significant after correction: {rest} of {len(tested)} comparisons." if rest else "")
     return " ".join(p for p in parts if p)

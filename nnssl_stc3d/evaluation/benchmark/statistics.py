@@ -1,4 +1,4 @@
-"""Statistics of a benchmark: means and intervals over seeds and cases, and paired differences to scratch."""
+"""Statistics of a benchmark: means and intervals over seeds and cases, and paired differences to a reference."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Row:
         mean: over the seeds.
         interval: of the mean, by resampling seeds and cases; None for a single seed.
         structures: structure -> mean score.
-        difference: to scratch, mean over the seeds that both have; None for scratch itself.
+        reference: method that it is compared with, such as "scratch".
+        difference: to the reference, mean over the seeds that both have; None for the reference itself.
         difference_per_seed: for each of these seeds.
         difference_interval: Student's t over these seeds; None for fewer than two.
         p: of a paired t-test over these seeds; None for fewer than two.
@@ -70,6 +71,7 @@ class Row:
     mean: float
     interval: Interval | None
     structures: Mapping[str, float]
+    reference: str
     difference: float | None = None
     difference_per_seed: tuple[float, ...] = ()
     difference_interval: Interval | None = None
@@ -78,15 +80,19 @@ class Row:
 
     @property
     def significant(self) -> bool:
-        """Whether the difference to scratch is, after correction."""
+        """Whether the difference to the reference is, after correction."""
         return self.p_adjusted is not None and self.p_adjusted < 1 - CONFIDENCE
 
 
-def compare(results: Sequence[Result]) -> list[Row]:
+def compare(results: Sequence[Result], reference: str = SCRATCH) -> list[Row]:
     """One row for each schedule, number of labels and method, scratch first.
 
     A seed stands for everything that a repetition changes: the draw of labelled cases, the pretraining, initialisation
     and batches. So differences are tested over seeds, paired; cases of one seed are not independent of each other.
+
+    Args:
+        results: of finished runs on the same cases.
+        reference: method that the others are compared with.
 
     Raises:
         ValueError: runs were evaluated on different cases.
@@ -98,7 +104,7 @@ def compare(results: Sequence[Result]) -> list[Row]:
         groups.setdefault((result.schedule, result.labels, result.method), {})[result.seed] = result
     order = list(dict.fromkeys(result.method for result in results))
     keys = sorted(groups, key=lambda k: (k[0], k[1], k[2] != SCRATCH, order.index(k[2])))
-    return [_row(*key, groups[key], groups.get((key[0], key[1], SCRATCH), {})) for key in keys]
+    return [_row(*key, groups[key], reference, groups.get((key[0], key[1], reference), {})) for key in keys]
 
 
 def corrected(rows: Sequence[Row]) -> list[Row]:
@@ -108,7 +114,9 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
     return [row if row.p is None else replace(row, p_adjusted=float(next(adjusted))) for row in rows]
 
 
-def _row(schedule: str, labels: int, method: str, group: dict[int, Result], scratch: dict[int, Result]) -> Row:
+def _row(
+    schedule: str, labels: int, method: str, group: dict[int, Result], reference: str, others: dict[int, Result]
+) -> Row:
     seeds = tuple(sorted(group))
     cases = np.stack([group[seed].case_means() for seed in seeds])
     per_seed = tuple(float(m) for m in np.nanmean(cases, axis=1))
@@ -117,13 +125,12 @@ def _row(schedule: str, labels: int, method: str, group: dict[int, Result], scra
         name: float(np.nanmean([case.get(name, np.nan) for r in group.values() for case in r.scores.values()]))
         for name in names
     }
-    row = Row(
-        method, schedule, labels, seeds, per_seed, float(np.mean(per_seed)), bootstrap_interval(cases), structures
-    )
-    pairs = [seed for seed in seeds if seed in scratch]
-    if method == SCRATCH or not pairs:
+    interval = bootstrap_interval(cases)
+    row = Row(method, schedule, labels, seeds, per_seed, float(np.mean(per_seed)), interval, structures, reference)
+    pairs = [seed for seed in seeds if seed in others]
+    if method == reference or not pairs:
         return row
-    differences = tuple(float(np.nanmean(group[s].case_means() - scratch[s].case_means())) for s in pairs)
+    differences = tuple(float(np.nanmean(group[s].case_means() - others[s].case_means())) for s in pairs)
     return replace(
         row,
         difference=float(np.mean(differences)),

@@ -11,16 +11,16 @@ import numpy as np
 
 from nnssl_stc3d.evaluation.benchmark.statistics import Interval, Result, Row
 
-HEAD = ("labels", "finetuning", "method", "seeds", "{}", "95 %", "against scratch", "95 % over seeds", "p, corrected")
+HEAD = ("labels", "finetuning", "method", "seeds", "{}", "95 %", "against {}", "95 % over seeds", "p, corrected")
 
 
-def header(score: str) -> list[str]:
+def header(rows: Sequence[Row], score: str) -> list[str]:
     """Names of the columns of :func:`cells`."""
-    return [name.format(score) for name in HEAD]
+    return [name.format(rows[0].reference if "against" in name else score) for name in HEAD]
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table under :func:`header`; scratch has no difference."""
+    """A row of the table under :func:`header`; the reference has no difference."""
     start = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}", _span(row.interval)]
     if row.difference is None:
         return start + [""] * (len(HEAD) - len(start))
@@ -39,13 +39,13 @@ def _span(interval: Interval | None, shown: Callable[[float], str] = "{:.1f}".fo
 
 def markdown(rows: Sequence[Row], score: str) -> str:
     """The table in Markdown."""
-    lines = [header(score), ["---"] * len(HEAD), *map(cells, rows)]
+    lines = [header(rows, score), ["---"] * len(HEAD), *map(cells, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def latex(rows: Sequence[Row], score: str) -> str:
     """The table in LaTeX, with booktabs."""
-    lines = [" & ".join(line) + r" \\" for line in [header(score), *map(cells, rows)]]
+    lines = [" & ".join(line) + r" \\" for line in [header(rows, score), *map(cells, rows)]]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     text = "\n".join([r"\begin{tabular}{" + "l" * 3 + "r" * (len(HEAD) - 3) + "}", *body, r"\end{tabular}"])
     return text.replace("%", r"\%").replace("_", r"\_") + "\n"
@@ -70,7 +70,7 @@ def html(head: Sequence[str], lines: Iterable[Sequence[str]], tones: Sequence[st
 def comparison_html(rows: Sequence[Row], score: str) -> str:
     """The table for the page, with significant differences in colour."""
     tones = [("gain" if (row.difference or 0) > 0 else "loss") if row.significant else "" for row in rows]
-    return html(header(score), map(cells, rows), tones)
+    return html(header(rows, score), map(cells, rows), tones)
 
 
 def structures_html(rows: Sequence[Row]) -> str:
@@ -83,7 +83,7 @@ def structures_html(rows: Sequence[Row]) -> str:
 
 
 def perturbed_html(rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
-    """Dice of perturbed cases: what it costs, and what is left of the difference to scratch."""
+    """Dice of perturbed cases: what it costs, and what is left of the difference to the reference."""
     lines, tones = [], []
     for (perturbation, level), some in rows.items():
         for row in some:
@@ -94,7 +94,7 @@ def perturbed_html(rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
             labels, schedule, method, seeds, *rest = cells(row)
             lines.append([perturbation, level, labels, schedule, method, seeds, rest[0], lost, *rest[2:]])
             tones.append(("gain" if (row.difference or 0) > 0 else "loss") if row.significant else "")
-    head = header("Dice")
+    head = header([row for some in rows.values() for row in some], "Dice")
     return html(["perturbation", "level", *head[:5], "against unperturbed", *head[6:]], lines, tones)
 
 

@@ -46,6 +46,13 @@ def test_differences_are_paired_by_seed_and_tested_like_scipy():
     assert rows[0].difference is None and rows[0].p is None
 
 
+def test_any_method_can_be_the_reference():
+    results = [result(m, s, [v + s]) for m, v in (("scratch", 50.0), ("a", 60.0), ("b", 63.0)) for s in (0, 1)]
+    rows = compare(results, reference="a")
+    assert [(row.method, row.difference) for row in rows] == [("scratch", -10.0), ("a", None), ("b", 3.0)]
+    assert {row.reference for row in rows} == {"a"}
+
+
 def test_only_seeds_that_both_have_are_paired():
     rows = compare(
         [result("scratch", s, [50.0 + s]) for s in (0, 2)] + [result("voco", s, [60.0 + 3 * s]) for s in (0, 1, 2)]
