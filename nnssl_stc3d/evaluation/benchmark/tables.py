@@ -25,10 +25,10 @@ def cells(row: Row) -> list[str]:
     if row.difference is None:
         return start + [""] * (len(HEAD) - len(start))
     p = "-" if row.p_adjusted is None else "<0.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}"
-    return [*start, _points(row.difference), _span(row.difference_interval, _points), p]
+    return [*start, signed(row.difference), _span(row.difference_interval, signed), p]
 
 
-def _points(value: float) -> str:
+def signed(value: float) -> str:
     """With its sign, which zero has not."""
     return f"{round(value, 1) + 0.0:+.1f}".replace("+0.0", "0.0")
 
@@ -90,7 +90,7 @@ def perturbed_html(rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
             clean = next(
                 (c for c in rows[perturbation, "none"] if _kind(c) == _kind(row) and c.seeds == row.seeds), None
             )
-            lost = _points(row.mean - clean.mean) if clean and level != "none" else ""
+            lost = signed(row.mean - clean.mean) if clean and level != "none" else ""
             labels, schedule, method, seeds, *rest = cells(row)
             lines.append([perturbation, level, labels, schedule, method, seeds, rest[0], lost, *rest[2:]])
             tones.append(("gain" if (row.difference or 0) > 0 else "loss") if row.significant else "")
