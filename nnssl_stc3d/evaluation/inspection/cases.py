@@ -172,8 +172,27 @@ def default_cell(shapes: Sequence[Sequence[int]], spacing: Sequence[float]) -> f
     return max(longest / _CELLS_ALONG, min(spacing))
 
 
-def middle_of_body(guide: Guide) -> np.ndarray:
-    """Voxel ``(3,)`` at the centre of the cell of the body that is closest to the body's centroid."""
-    cells = np.argwhere(guide.body)
-    nearest = cells[((cells - cells.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-    return (nearest + 0.5) * np.asarray(guide.cell) - 0.5
+def default_reference(guide: Guide, labels: np.ndarray | None, names: Mapping[int, str]) -> tuple[np.ndarray, str]:
+    """A place to compare others with, if the user names none: the middle of the largest structure, or of the body.
+
+    Args:
+        guide: the body.
+        labels: label map ``(Z, Y, X)`` of the case, or None.
+        names: value -> name of the labels.
+
+    Returns:
+        Voxel ``(3,)`` of the structure, or centre of a cell of the body, that is closest to the centroid; and what that
+        is, in words.
+    """
+    sizes = {} if labels is None else {value: int((labels == value).sum()) for value in names}
+    largest = max(sizes, key=lambda value: sizes[value], default=0)
+    if labels is not None and sizes.get(largest):
+        voxels = np.argwhere(labels == largest)
+        return _most_central(voxels).astype(float), f"the middle of {names[largest]}, its largest structure"
+    place = (_most_central(np.argwhere(guide.body)) + 0.5) * np.asarray(guide.cell) - 0.5
+    return place, "the middle of the body"
+
+
+def _most_central(points: np.ndarray) -> np.ndarray:
+    """The point of ``(N, 3)`` that is closest to their mean."""
+    return points[((points - points.mean(axis=0)) ** 2).sum(axis=1).argmin()]

@@ -87,19 +87,23 @@ def inspect_checkpoints(request: Request, options: InspectOptions, progress: boo
         check_fits(checkpoints[-1], str(file), data, dataset_json)
     names = model_names(checkpoints, request.names)
     view_shape = common_view_shape(checkpoints)
+    # Voxels are embedded as a prediction would see them.
+    z, y, x = (int(n) for n in configuration.patch_size)
+    window = (z, y, x)
     chosen, cases = _cases(request, options, checkpoints, dataset_json)
 
     make: list[Callable[[], Model]] = [
-        partial(load_model, checkpoint, name, str(file), view_shape, device, options.pyramid, options.embedding)
+        partial(load_model, checkpoint, name, str(file), view_shape, window, device, options.pyramid, options.embedding)
         for checkpoint, name, file in zip(checkpoints, names, request.files)
     ]
     if options.scratch:
-        make.append(partial(scratch_model, checkpoints[0], view_shape, device, options.pyramid, options.seed))
+        make.append(partial(scratch_model, checkpoints[0], view_shape, window, device, options.pyramid, options.seed))
     # A network that cannot be built shall say so before the first one is looked at.
     reads = {model.name: model.reads for model in (build() for build in make)}
     found = inspect_models(make, cases, view_shape, is_anisotropic(configuration.patch_size), options, device, progress)
     write_folder(
-        request.output, make_files(found, cases, _about(request, options, chosen, names, reads, view_shape, device))
+        request.output,
+        make_files(found, cases, _about(request, options, chosen, names, reads, view_shape, window, device)),
     )
     return request.output / PAGE
 
@@ -173,6 +177,7 @@ def _about(
     names: Sequence[str],
     reads: dict[str, str],
     view_shape: tuple[int, int, int],
+    window: tuple[int, int, int],
     device: torch.device,
 ) -> About:
     """What stands above the figures and behind them."""
@@ -180,7 +185,8 @@ def _about(
     facts |= {
         "data": f"{request.dataset.name}, {request.configuration} of {request.plans['plans_name']}",
         "cases": f"{len(chosen.identifiers)}: {', '.join(chosen.identifiers)}",
-        "views and windows": f"{' x '.join(map(str, view_shape))} voxels",
+        "views": f"{' x '.join(map(str, view_shape))} voxels",
+        "windows for voxels": f"{' x '.join(map(str, window))} voxels",
         "voxel embeddings": "; ".join(f"{name}: {what}" for name, what in reads.items()),
         "seed": str(options.seed),
     }
@@ -195,6 +201,7 @@ def _about(
         "unseen_cases": chosen.unseen,
         "about_cases": chosen.statement,
         "view_shape": view_shape,
+        "window": window,
         "device": str(device),
         "options": asdict(options),
     }

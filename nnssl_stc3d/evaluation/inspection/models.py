@@ -129,6 +129,7 @@ def load_model(
     name: str,
     source: str,
     view_shape: tuple[int, int, int],
+    window: tuple[int, int, int],
     device: torch.device,
     pyramid: str = "auto",
     embedding: str = "features",
@@ -139,7 +140,8 @@ def load_model(
         checkpoint: of :func:`nnssl_stc3d.transfer.checkpoint.load_checkpoint`.
         name: in figures.
         source: its file.
-        view_shape: of the windows and views.
+        view_shape: ``(Z, Y, X)`` of the views.
+        window: ``(Z, Y, X)`` of the windows in which voxels are embedded.
         device: to compute on.
         pyramid: "auto", "encoder" or "decoder".
         embedding: of voxels, "features" or "head".
@@ -151,19 +153,24 @@ def load_model(
     trained = _trained(checkpoint)
     if pyramid == "decoder" and "decoder" not in trained:
         raise ValueError(f"{source} trained only the {' and '.join(trained)}. Use --pyramid auto or encoder.")
-    network = _network(checkpoint, view_shape)
+    network = _network(checkpoint, view_shape, window)
     load_pretrained(network, checkpoint)
-    return _model(network, checkpoint, name, source, view_shape, device, pyramid, embedding)
+    return _model(network, checkpoint, name, source, window, device, pyramid, embedding)
 
 
 def scratch_model(
-    checkpoint: dict[str, Any], view_shape: tuple[int, int, int], device: torch.device, pyramid: str, seed: int
+    checkpoint: dict[str, Any],
+    view_shape: tuple[int, int, int],
+    window: tuple[int, int, int],
+    device: torch.device,
+    pyramid: str,
+    seed: int,
 ) -> Model:
     """The network of a checkpoint before any training, with weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _network(checkpoint, view_shape)
-    return _model(network, checkpoint, SCRATCH, "random weights", view_shape, device, pyramid, "features")
+        network = _network(checkpoint, view_shape, window)
+    return _model(network, checkpoint, SCRATCH, "random weights", window, device, pyramid, "features")
 
 
 def _model(
@@ -171,7 +178,7 @@ def _model(
     checkpoint: dict[str, Any],
     name: str,
     source: str,
-    view_shape: tuple[int, int, int],
+    window: tuple[int, int, int],
     device: torch.device,
     pyramid: str,
     embedding: str,
@@ -180,15 +187,18 @@ def _model(
         pyramid = "decoder" if "decoder" in _trained(checkpoint) else "encoder"
     backbone = Backbone(network, pyramid).to(device).eval()
     if embedding == "head":
-        return Model(name, source, backbone, load_embedder(checkpoint, device), "the method's own voxel embedding")
+        embedder = load_embedder(checkpoint, device)
+        embedder.window = window
+        return Model(name, source, backbone, embedder, "the method's own voxel embedding")
     reads = "bottleneck and decoder" if pyramid == "decoder" else "encoder"
-    return Model(name, source, backbone, VoxelEmbedder(backbone, view_shape, device), f"features of the {reads}")
+    return Model(name, source, backbone, VoxelEmbedder(backbone, window, device), f"features of the {reads}")
 
 
-def _network(checkpoint: dict[str, Any], view_shape: tuple[int, int, int]) -> nn.Module:
+def _network(checkpoint: dict[str, Any], view_shape: tuple[int, int, int], window: tuple[int, int, int]) -> nn.Module:
     network = build_network(*_reference(checkpoint), _dataset_json(checkpoint))
     check_unet(network, "inspect")
-    check_view_shape(view_shape, total_stride(network))
+    for shape in (view_shape, window):
+        check_view_shape(shape, total_stride(network))
     return network
 
 

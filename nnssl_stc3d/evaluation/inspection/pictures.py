@@ -20,7 +20,7 @@ _POINT_COLOUR = "#00e5ff"
 def similarity_figure(
     image: np.ndarray, voxel: np.ndarray, spacing: tuple[float, float, float], found: Mapping[str, Similarity]
 ) -> bytes:
-    """For each network the similarity map in three planes and the PCA of the embeddings, coloured by distance.
+    """The case in three planes, then for each network the similarity map and the PCA coloured by distance.
 
     Args:
         image: ``(Z, Y, X)`` of the case.
@@ -28,12 +28,17 @@ def similarity_figure(
         spacing: mm per voxel, (z, y, x).
         found: of each network.
     """
-    figure, axes = new_figure(12.5, 2.9 * len(found) + 0.4, len(found), 4)
-    for row, (name, result) in zip(axes, found.items()):
+    figure, axes = new_figure(12.5, 2.9 * len(found) + 3.1, len(found) + 1, 4)
+    for axis, (plane, normal) in zip(axes[0], _PLANES):
+        rest = show_slice(axis, image, normal, voxel, spacing)
+        _cross(axis, voxel[rest[1]], voxel[rest[0]], _POINT_COLOUR)
+        _orient(axis, normal)
+        axis.set_title(f"the case, {plane}", fontsize=9)
+    axes[0, 3].axis("off")
+    for row, (name, result) in zip(axes[1:], found.items()):
         for axis, (plane, normal) in zip(row, _PLANES):
-            show_slice(axis, image, normal, voxel, spacing)
+            rest = show_slice(axis, image, normal, voxel, spacing)
             cosines = np.ma.masked_invalid(_cut(result.cosines, normal, voxel, image.shape))
-            rest = [a for a in range(3) if a != normal]
             height, width = (image.shape[a] for a in rest)
             shown = axis.imshow(
                 cosines, cmap="inferno", vmin=-0.2, vmax=1, alpha=0.62, interpolation="nearest",
@@ -41,7 +46,7 @@ def similarity_figure(
             )  # fmt: skip
             _orient(axis, normal)
             _cross(axis, voxel[rest[1]], voxel[rest[0]], "white")
-            axis.set_title(plane if normal else f"{name}\n{plane}", fontsize=9)
+            axis.set_title(plane if normal else f"{name}: similarity to the cross", fontsize=9)
         figure.colorbar(shown, ax=list(row[:3]), label="cosine to the cross", shrink=0.85)
         cloud = row[3]
         dots = cloud.scatter(*result.pca.T, c=result.distances, cmap="viridis_r", s=5, linewidths=0)
@@ -70,7 +75,8 @@ def voxel_figure(drawn: Drawn, found: Mapping[str, VoxelMap]) -> bytes:
     if drawn.labelled:
         order = order[np.argsort(drawn.groups[order] > 0, kind="stable")]
     shades = np.asarray(shades)[order]
-    for column, (name, result) in zip(axes.T, found.items()):
+    for index, (name, result) in enumerate(found.items()):
+        column = axes[:, index]
         for axis, points, kind in zip(column, (result.pca, result.tsne), ("PCA", "t-SNE")):
             axis.scatter(*points[order].T, c=shades, s=6, linewidths=0)
             axis.set_xticks([])
@@ -81,7 +87,7 @@ def voxel_figure(drawn: Drawn, found: Mapping[str, VoxelMap]) -> bytes:
                 else f"silhouette {result.silhouette:.2f}",
                 fontsize=9,
             )
-            if column is axes.T[0]:
+            if index == 0:
                 axis.set_ylabel(kind, fontsize=11)
     if drawn.labelled:
         handles = [
@@ -124,11 +130,8 @@ def neighbours_figure(
         for axis, case in zip(row[1:], cases):
             outline = outlines[name].get(case) if outlines else None
             _axial(axis, slices[name][case], outline, aspect)
-            best, *more = [place for place in places if place.case == case]
+            best = next(place for place in places if place.case == case)
             _cross(axis, best.voxel[2], best.voxel[1], _POINT_COLOUR)
-            for other in more:
-                if abs(other.voxel[0] - best.voxel[0]) * spacing[0] <= spacing[0] * 1.5:
-                    axis.text(other.voxel[2], other.voxel[1], str(other.rank), color=_POINT_COLOUR, fontsize=8)
             axis.set_title(
                 f"{case}, slice {best.voxel[0]:.0f}\ncosine {best.cosine:.2f}, back {best.way_back_mm:.0f} mm",
                 fontsize=8,
@@ -138,8 +141,8 @@ def neighbours_figure(
 
 def show_slice(
     axis: Axes, image: np.ndarray, normal: int, voxel: np.ndarray, spacing: tuple[float, float, float]
-) -> None:
-    """Draw the slice of a volume through a voxel, grey between its 1st and 99th percentile."""
+) -> list[int]:
+    """Draw the slice of a volume through a voxel, grey between its 1st and 99th percentile; returns its two axes."""
     rest = [a for a in range(3) if a != normal]
     low, high = np.percentile(image, (1, 99))
     axis.imshow(
@@ -147,6 +150,7 @@ def show_slice(
         aspect=spacing[rest[0]] / spacing[rest[1]],
     )  # fmt: skip
     axis.axis("off")
+    return rest
 
 
 def _cut(cells: np.ndarray, normal: int, voxel: np.ndarray, shape: Sequence[int]) -> np.ndarray:

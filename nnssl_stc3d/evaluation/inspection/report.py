@@ -104,11 +104,11 @@ def _invariance(found: Inspection, cases: InspectedCases) -> _Part:
     ]
     note = (
         "Cosine of the pooled embedding of a region and of the same region turned, shifted or scaled (STC3D Eqs. 8, "
-        f"9, 15), mean over {first.cases} cases with {first.regions} regions each; bands are 95 % intervals over cases. "
-        "Dashed: another view at a random place of the same case, which is what random cropping calls a positive pair. "
-        "Channels are centred and scaled by their spread over random views, so that 0 is no similarity. Kept: "
-        "(cosine - random crop) / (1 - random crop), mean over the strengths; 1 is invariant, 0 no closer than a "
-        "random crop."
+        f"9, 15), mean over {first.cases} cases with {first.regions} regions each; bands are 95 % intervals over "
+        "cases. Dashed: another view at a random place of the same case, which is what random cropping calls a "
+        "positive pair. Channels are centred and scaled by their spread over random views, so that 0 is no "
+        "similarity. Kept: (cosine - random crop) / (1 - random crop), mean over the strengths; 1 is invariant, 0 no "
+        "closer than a random crop."
     )
     if found.shrunk < 1:
         note += (
@@ -124,9 +124,10 @@ def _similarity(found: Inspection, cases: InspectedCases) -> _Part:
     png = similarity_figure(cases.volume(case)[0], voxel, cases.spacing, found.similarity)
     rows = [[name, f"{s.correlation:.2f}", f"{found.kept[name]:.1%}"] for name, s in found.similarity.items()]
     note = (
-        f"Cosine of the voxel embedding at the cross ({_where(voxel, cases)} of {case}) and of every place of the "
-        f"body, {cases.cell_mm:.1f} mm apart, and all places in a plane, coloured by their distance from the cross (PiMPiC "
-        "Fig. 3, which compares patches). Spearman's correlation is -1 if the similarity falls with the distance."
+        f"Cosine of the voxel embedding at the cross ({_where(voxel, cases)} of {case}: {found.why}) and of every "
+        f"place of the body, {cases.cell_mm:.1f} mm apart; and all places in a plane, coloured by their distance from "
+        "the cross (PiMPiC Fig. 3, which compares patches). Spearman's correlation is -1 if the similarity falls with "
+        "the distance."
     )
     table = _table(["", "correlation of cosine and distance", "energy kept by the map's directions"], rows)
     return "similarity", "Similarity to one place", note, "", table, png
@@ -185,10 +186,9 @@ def _neighbours(found: Inspection, cases: InspectedCases) -> _Part:
         outlines if wanted else None,
         found.labels[case][layer] == wanted if wanted else None,
     )
-    chosen = "the given point" if found.chosen_point else "the middle of the body, since no point was given"
     note = (
         f"Places of other cases whose voxel embedding is most similar to that of {_where(voxel, cases)} of {case} "
-        f"({chosen}). Back: how far from the point the way back ends; a large distance says that the place is not "
+        f"({found.why}). Back: how far from the point the way back ends; a large distance says that the place is not "
         f"specific. All places are in {PLACES}."
     )
     if wanted:
@@ -259,7 +259,7 @@ def _results(found: Inspection, cases: InspectedCases, about: About, files: list
         "files": files,
         **about.settings,
         "cases": cases.names,
-        "reference": {"case": case, "voxel": [float(v) for v in voxel], "given": found.chosen_point},
+        "reference": {"case": case, "voxel": [float(v) for v in voxel], "what": found.why},
         "cell_mm": cases.cell_mm,
         "energy_kept": found.kept,
         "view_scale_of_invariance": found.shrunk,

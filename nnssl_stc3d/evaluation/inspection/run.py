@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nnssl_stc3d.evaluation.inspection.cases import InspectedCases, middle_of_body
+from nnssl_stc3d.evaluation.inspection.cases import InspectedCases, default_reference
 from nnssl_stc3d.evaluation.inspection.invariance import Invariance, case_similarities, invariance_views, summarise
 from nnssl_stc3d.evaluation.inspection.models import Model
 from nnssl_stc3d.evaluation.inspection.options import InspectOptions
@@ -29,7 +29,7 @@ class Inspection:
 
     Attributes:
         reference: case and voxel ``(3,)`` that others are compared with.
-        chosen_point: whether the user named it.
+        why: what that place is, in words.
         spectra: network -> spectrum.
         invariance: network -> curves.
         shrunk: smallest scale at which the invariance looks at a case, 1 if all cases are large enough.
@@ -42,7 +42,7 @@ class Inspection:
     """
 
     reference: tuple[str, np.ndarray]
-    chosen_point: bool
+    why: str
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     invariance: dict[str, Invariance] = field(default_factory=dict)
     shrunk: float = 1.0
@@ -91,10 +91,11 @@ def inspect_models(
 def _prepare(cases: InspectedCases, guides: Mapping[str, Guide], options: InspectOptions) -> Inspection:
     """What all networks share: the reference, label maps and cells."""
     first, point = cases.names[0], options.point
-    voxel = middle_of_body(guides[first])
     if point is not None:
-        voxel = point.voxel(cases.spacing, cases.images.shape(first))
-    result = Inspection((first, voxel), point is not None)
+        result = Inspection((first, point.voxel(cases.spacing, cases.images.shape(first))), "the given point")
+    else:
+        voxel, why = default_reference(guides[first], cases.labels(first), cases.label_names)
+        result = Inspection((first, voxel), f"{why}, since no point was given")
     if {"voxels", "neighbours"} & set(options.parts):
         found = {name: cases.labels(name) for name in cases.names}
         if all(labels is not None for labels in found.values()):
