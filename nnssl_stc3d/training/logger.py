@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-from nnssl_stc3d.training.monitors import MONITORS
+from nnssl_stc3d.training.monitors import MONITORS, ONLINE_PROBE
 
 _BASIC = ("train_losses", "val_losses", "lrs", "epoch_start_timestamps", "epoch_end_timestamps")
 
@@ -38,6 +38,8 @@ class PretrainLogger(LocalLogger):
         splits = {"training": "train", "validation": "val"}
         panels += [(t, {k: log[f"{s}_{t}"] for k, s in splits.items() if f"{s}_{t}" in log}) for t in terms]
         panels += [(m.replace("_", " "), {"validation": log[m]}) for m in MONITORS if m in log]
+        if ONLINE_PROBE in log:
+            panels.append(("online probe: balanced accuracy", {"validation": log[ONLINE_PROBE]}))
         seconds = [e - s for s, e in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"])]
         panels += [("learning rate", {"": log["lrs"]}), ("seconds per epoch", {"": seconds})]
         columns = 3
@@ -45,7 +47,9 @@ class PretrainLogger(LocalLogger):
         figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3 * rows), squeeze=False, layout="constrained")
         for axis, (title, curves) in zip(axes.flat, panels):
             for label, values in curves.items():
-                axis.plot(np.arange(len(values)), values, marker="." if len(values) < 30 else None, label=label)
+                # Epochs without a value are left out, so that a line runs from probe to probe.
+                known = np.flatnonzero(~np.isnan(np.asarray(values, dtype=float)))
+                axis.plot(known, np.take(values, known), marker="." if len(known) < 30 else None, label=label)
             axis.set_title(title)
             axis.set_xlabel("epoch")
             axis.grid(alpha=0.3)

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MONITORS = ("effective_rank", "embedding_std", "alignment", "uniformity")
+ONLINE_PROBE = "online_probe"
+"""Name in the log of what :mod:`nnssl_stc3d.training.online_probe` measures."""
 
 
 @torch.no_grad()

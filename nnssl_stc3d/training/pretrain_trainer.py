@@ -24,14 +24,11 @@ from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.embeddings import embedded_guides
 from nnssl_stc3d.data.guides import body_guides
 from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
-from nnssl_stc3d.methods.base import (
-    EMBEDDINGS,
-    PretrainConfig,
-    PretrainMethod,
-)
+from nnssl_stc3d.methods.base import EMBEDDINGS, PretrainConfig, PretrainMethod
 from nnssl_stc3d.training.figures import plot_views
 from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.monitors import collapse_monitors
+from nnssl_stc3d.training.online_probe import online_interval, probe_online
 from nnssl_stc3d.training.preflight import check_configuration, check_environment
 from nnssl_stc3d.training.schedule import WarmupSchedule
 from nnssl_stc3d.training.state import collect_state, restore_state
@@ -50,6 +47,7 @@ class PretrainTrainer(nnUNetTrainer):
         method_class: what is trained.
         config: its hyperparameters; ``view_shape`` None is resolved from the plan.
         epochs: of 250 steps (STC3D A.3.2: 100k steps).
+        online_probe_every: epochs between two probes of the features, 0 for none; NNSSL_STC3D_ONLINE overrules it.
     """
 
     method_class: type[PretrainMethod]
@@ -62,6 +60,7 @@ class PretrainTrainer(nnUNetTrainer):
     epochs = 400
     steps_per_epoch = 250
     validation_steps = 10
+    online_probe_every = 0
 
     def __init__(
         self,
@@ -82,6 +81,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.validation_steps
         self.save_every = max(1, self.num_epochs // 40)
         self.enable_deep_supervision = False
+        self.online_probe_every = online_interval(self.online_probe_every)
 
     # ---- set-up -----------------------------------------------------------------------------------------------------
 
@@ -195,6 +195,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def _datasets(self) -> tuple[ViewDataset, ViewDataset]:
         training_keys, validation_keys = self.do_split()
+        self.validation_keys: list[str] = list(validation_keys)
         sampler = self.method_class.view_sampler(
             self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
         )
@@ -303,6 +304,7 @@ class PretrainTrainer(nnUNetTrainer):
         if pairs:
             for name, value in collapse_monitors(torch.cat(pairs)).items():
                 self.logger.log(name, value, self.current_epoch)
+        probe_online(self)
 
     def _log_terms(self, split: str, outputs: list[dict[str, float]]) -> None:
         if self.is_ddp:
@@ -319,7 +321,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), epoch)
         log = self.logger.local_logger.my_fantastic_logging
         hidden = ("epoch_start_timestamps", "epoch_end_timestamps", "lrs")
-        for key in (k for k in log if k not in hidden):
+        for key in (k for k in log if k not in hidden and len(log[k]) > epoch):
             self.print_to_log_file(f"{key} {self.logger.get_value(key, step=-1):.4f}")
         seconds = log["epoch_end_timestamps"][-1] - log["epoch_start_timestamps"][-1]
         self.print_to_log_file(f"Epoch time: {seconds:.2f} s")
