@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 
 from nnssl_stc3d.data.body import BodyRule, body_mask
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.guides import coarse_means
+from nnssl_stc3d.data.voxel_labels import label_file, read_labels
 from nnssl_stc3d.transfer.differences import plans_of_checkpoint
 from nnssl_stc3d.views.guide import Guide
 
 # A map has about this many cells along the longest axis of the largest case.
 _CELLS_ALONG = 64
-# Of labels that are no anatomy: prepare writes body masks of unlabelled scans under this name.
-_BODY = "body"
 
 
 @dataclass(frozen=True)
@@ -140,30 +137,9 @@ class InspectedCases:
 
     def labels(self, name: str) -> np.ndarray | None:
         """Label map ``(Z, Y, X)`` of a case, or None if nothing is labelled."""
-        file = label_file(self.images.folder, name)
-        if not self.label_names or not file.is_file():
+        if not self.label_names or not label_file(self.images.folder, name).is_file():
             return None
-        return np.asarray(blosc2.open(str(file), mode="r", dparams={"nthreads": 1})[0])
-
-
-def label_file(folder: Path, name: str) -> Path:
-    """Where nnU-Net keeps the preprocessed label map of a case."""
-    return folder / f"{name}_seg.b2nd"
-
-
-def anatomical_labels(dataset_json: Mapping[str, Any]) -> dict[int, str]:
-    """Value -> name of the labels of a dataset, without background, ignored voxels and body masks.
-
-    Regions of several values keep the values apart, each named by the smallest region that holds it.
-    """
-    found: dict[int, tuple[int, str]] = {}
-    for name, values in dataset_json.get("labels", {}).items():
-        values = list(values) if isinstance(values, (list, tuple)) else [values]
-        for value in values:
-            size = found.get(int(value), (len(values) + 1, ""))[0]
-            if int(value) > 0 and name not in ("ignore", _BODY) and len(values) < size:
-                found[int(value)] = (len(values), name)
-    return {value: name for value, (_, name) in sorted(found.items())}
+        return read_labels(self.images.folder, name)
 
 
 def default_cell(shapes: Sequence[Sequence[int]], spacing: Sequence[float]) -> float:

@@ -14,14 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.data.body import BodyRule
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.evaluation.inspection.cases import (
-    Chosen,
-    InspectedCases,
-    anatomical_labels,
-    choose_cases,
-    default_cell,
-    label_file,
-)
+from nnssl_stc3d.data.voxel_labels import anatomical_labels, label_file
+from nnssl_stc3d.evaluation.inspection.cases import Chosen, InspectedCases, choose_cases, default_cell
 from nnssl_stc3d.evaluation.inspection.folder import check_folder, write_folder
 from nnssl_stc3d.evaluation.inspection.models import (
     SCRATCH,
