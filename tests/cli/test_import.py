@@ -25,15 +25,6 @@ def save(path: Path, array: np.ndarray) -> Path:
 
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.delenv("NNSSL_STC3D_DEBUG", raising=False)
-    return tmp_path / "nnUNet_raw"
-
-
-@pytest.fixture
 def amos(tmp_path, raw) -> Path:
     folder = tmp_path / "amos22"
     label = np.zeros((12, 16, 20), np.uint8)

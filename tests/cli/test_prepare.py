@@ -26,15 +26,6 @@ def save(path: Path, array: np.ndarray) -> Path:
 
 
 @pytest.fixture
-def raw(tmp_path, monkeypatch) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.delenv("NNSSL_STC3D_DEBUG", raising=False)
-    return tmp_path / "nnUNet_raw"
-
-
-@pytest.fixture
 def scans(tmp_path, raw, dicom_series) -> Path:
     folder = tmp_path / "scans"
     save(folder / "a.nii.gz", ct(0))
