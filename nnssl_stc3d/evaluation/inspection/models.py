@@ -60,14 +60,12 @@ class Model:
 
     Attributes:
         name: in figures and tables.
-        source: file, or what else it is.
         backbone: embeds views.
         embedder: embeds voxels.
         reads: what the voxel embeddings are made of, in words.
     """
 
     name: str
-    source: str
     backbone: Any
     embedder: VoxelEmbedder
     reads: str
@@ -139,7 +137,7 @@ def load_model(
     Args:
         checkpoint: of :func:`nnssl_stc3d.transfer.checkpoint.load_checkpoint`.
         name: in figures.
-        source: its file.
+        source: its file, for messages.
         view_shape: ``(Z, Y, X)`` of the views.
         window: ``(Z, Y, X)`` of the windows in which voxels are embedded.
         device: to compute on.
@@ -155,7 +153,7 @@ def load_model(
         raise ValueError(f"{source} trained only the {' and '.join(trained)}. Use --pyramid auto or encoder.")
     network = _network(checkpoint, view_shape, window)
     load_pretrained(network, checkpoint)
-    return _model(network, checkpoint, name, source, window, device, pyramid, embedding)
+    return _model(network, checkpoint, name, window, device, pyramid, embedding)
 
 
 def scratch_model(
@@ -170,14 +168,13 @@ def scratch_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _network(checkpoint, view_shape, window)
-    return _model(network, checkpoint, SCRATCH, "random weights", window, device, pyramid, "features")
+    return _model(network, checkpoint, SCRATCH, window, device, pyramid, "features")
 
 
 def _model(
     network: nn.Module,
     checkpoint: dict[str, Any],
     name: str,
-    source: str,
     window: tuple[int, int, int],
     device: torch.device,
     pyramid: str,
@@ -189,9 +186,9 @@ def _model(
     if embedding == "head":
         embedder = load_embedder(checkpoint, device)
         embedder.window = window
-        return Model(name, source, backbone, embedder, "the method's own voxel embedding")
+        return Model(name, backbone, embedder, "the method's own voxel embedding")
     reads = "bottleneck and decoder" if pyramid == "decoder" else "encoder"
-    return Model(name, source, backbone, VoxelEmbedder(backbone, window, device), f"features of the {reads}")
+    return Model(name, backbone, VoxelEmbedder(backbone, window, device), f"features of the {reads}")
 
 
 def _network(checkpoint: dict[str, Any], view_shape: tuple[int, int, int], window: tuple[int, int, int]) -> nn.Module:

@@ -47,7 +47,6 @@ def similarity_figure(
             _orient(axis, normal)
             _cross(axis, voxel[rest[1]], voxel[rest[0]], "white")
             axis.set_title(plane if normal else f"{name}: similarity to the cross", fontsize=9)
-        figure.colorbar(shown, ax=list(row[:3]), label="cosine to the cross", shrink=0.85)
         cloud = row[3]
         dots = cloud.scatter(*result.pca.T, c=result.distances, cmap="viridis_r", s=5, linewidths=0)
         nearest = int(result.distances.argmin())
@@ -58,6 +57,9 @@ def similarity_figure(
         cloud.set_xticks([])
         cloud.set_yticks([])
         figure.colorbar(dots, ax=cloud, label="distance to the cross (mm)", shrink=0.85)
+    # All maps have one scale; beside a map it would make that map smaller than the others.
+    scale = axes[0, 3].inset_axes((0.05, 0.45, 0.9, 0.08))
+    figure.colorbar(shown, cax=scale, orientation="horizontal", label="cosine to the cross: bright places are similar")
     return to_png(figure)
 
 
@@ -121,8 +123,9 @@ def neighbours_figure(
         query_outline: the same in the point's slice.
     """
     cases = list(next(iter(slices.values())))
-    figure, axes = new_figure(2.5 * (len(cases) + 1), 2.75 * len(found) + 0.3, len(found), len(cases) + 1)
     aspect = spacing[1] / spacing[2]
+    tallest = max(part.shape[0] / part.shape[1] for part in (query[1], *next(iter(slices.values())).values())) * aspect
+    figure, axes = new_figure(2.5 * (len(cases) + 1), (2.5 * tallest + 0.45) * len(found), len(found), len(cases) + 1)
     for row, (name, places) in zip(axes, found.items()):
         _axial(row[0], query[1], query_outline, aspect)
         _cross(row[0], query[2][2], query[2][1], _POINT_COLOUR)
