@@ -54,7 +54,11 @@ def difference_bars(rows: Sequence[Row], score: str) -> bytes:
             axis.hlines(index, *row.difference_interval, color=colour, linewidth=2)
         axis.plot(row.difference_per_seed, [index] * len(row.difference_per_seed), "o", color=colour, markersize=3)
         axis.plot([row.difference], [index], "|", color=colour, markersize=14)
-    names = [f"{r.method}, {r.labels} labels, {r.schedule}{' *' if r.significant else ''}" for r in shown]
+    several = len({row.schedule for row in rows}) > 1
+    names = [
+        f"{r.method}, {r.labels} labels{f', {r.schedule}' if several else ''}{' *' if r.significant else ''}"
+        for r in shown
+    ]
     axis.set_yticks(range(len(shown)), names)
     axis.set_ylim(len(shown) - 0.5, -0.5)
     tidy(axis, f"against {rows[0].reference}, paired by seed (* significant after correction)", f"{score} (points)")
