@@ -87,7 +87,7 @@ def test_all_parts_of_two_checkpoints(dataset, checkpoint, tmp_path, capsys):
     assert {(r["network"], r["case"], r["rank"]) for r in rows} == {
         (n, c, str(k)) for n in ("first", "second", "scratch") for c in ("case_2", "case_4") for k in (1, 2)
     }
-    assert {r["label"] for r in rows} <= {"0", "liver", "spleen"}
+    assert {r["label"] for r in rows} <= {"background", "liver", "spleen"}
     assert all(float(r["z_mm"]) == pytest.approx(1.5 * float(r["z"]), abs=0.1) for r in rows)
     page = (output / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "validation cases" in page and "Outlined: liver" in page
