@@ -96,7 +96,7 @@ def _peak(function: Callable[..., None], arguments: tuple, queue: multiprocessin
 
 def _status(key: str) -> float:
     """Bytes of a line of Linux' account of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 

@@ -199,7 +199,7 @@ def peak_memory(bench_arguments: tuple[Path, str, str, torch.device], variant: s
 
 def _resident() -> int:
     """Largest resident size of this process so far, bytes (the ru_maxrss of a child starts at that of its parent)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 

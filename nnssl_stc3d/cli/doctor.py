@@ -37,6 +37,8 @@ PACKAGES = {
     "tqdm": "",
     "blosc2": "",
     "safetensors": "",
+    "scikit-learn": "",
+    "nvidia-ml-py": "",
 }
 FOLDERS = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
 TRAINERS = ("STC3DPretrainTrainer", "STC3DFinetuneTrainer")

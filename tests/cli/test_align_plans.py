@@ -79,7 +79,7 @@ def test_data_that_is_preprocessed_already_is_not_preprocessed_again(roots, caps
 def test_the_target_gets_the_pretrainings_network(roots, capsys):
     assert main([*BOTH, "--to", "pretraining", "-o", "mine"]) == 0
     file = preprocessed(roots, TARGET) / "mine.json"
-    plans = json.loads(file.read_text())
+    plans = json.loads(file.read_text(encoding="utf-8"))
     assert plans["dataset_name"] == TARGET
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["kernel_sizes"] == [[3, 3, 3]] * 3
     output = capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_the_target_gets_the_plans_of_a_checkpoint(roots, tiny_plans, pretrainin
     file = roots / "with space.pth"
     torch.save(pretraining_checkpoint(plans), file)
     assert main(["align-plans", "--checkpoint", str(file), "--target", TARGET]) == 0
-    written = json.loads((preprocessed(roots, TARGET) / "theirs_Dataset700.json").read_text())
+    written = json.loads((preprocessed(roots, TARGET) / "theirs_Dataset700.json").read_text(encoding="utf-8"))
     assert (
         written["configurations"]["3d_fullres"]["architecture"] == plans["configurations"]["3d_fullres"]["architecture"]
     )
@@ -103,7 +103,7 @@ def test_the_target_gets_the_plans_of_a_checkpoint(roots, tiny_plans, pretrainin
 def test_the_papers_configuration_is_written_for_both(roots, capsys):
     assert main([*BOTH, "--paper"]) == 0
     for dataset, patch in ((PRETRAINING, 128), (TARGET, 96)):
-        plans = json.loads((preprocessed(roots, dataset) / "nnUNetPlans_STC3DPaper.json").read_text())
+        plans = json.loads((preprocessed(roots, dataset) / "nnUNetPlans_STC3DPaper.json").read_text(encoding="utf-8"))
         assert plans["configurations"]["3d_fullres"]["patch_size"] == [patch] * 3
         assert plans["dataset_name"] == dataset
     output = capsys.readouterr().out
@@ -165,7 +165,12 @@ def test_what_is_missing_is_run_first(roots, tiny_plans, monkeypatch, capsys):
         ran.append(words)
         dataset = {"801": PRETRAINING, "4": TARGET}[words[2]]
         plans = resenc if "nnUNetPlannerResEncM" in words else tiny_plans()
-        write_dataset(roots, dataset, plans, json.loads((roots / "nnUNet_raw" / dataset / "dataset.json").read_text()))
+        write_dataset(
+            roots,
+            dataset,
+            plans,
+            json.loads((roots / "nnUNet_raw" / dataset / "dataset.json").read_text(encoding="utf-8")),
+        )
 
     monkeypatch.setattr(align_plans, "_run", planned)
     command = [*BOTH, "-p", "nnUNetResEncUNetMPlans", "-np", "3"]
@@ -177,7 +182,9 @@ def test_what_is_missing_is_run_first(roots, tiny_plans, monkeypatch, capsys):
         ["nnUNetv2_plan_and_preprocess", "-d", "801", "-pl", "ExperimentPlanner"],
         ["nnUNetv2_plan_and_preprocess", "-d", "4", "-pl", "nnUNetPlannerResEncM"],
     ]
-    written = json.loads((preprocessed(roots, PRETRAINING) / "nnUNetResEncUNetMPlans_Dataset004.json").read_text())
+    written = json.loads(
+        (preprocessed(roots, PRETRAINING) / "nnUNetResEncUNetMPlans_Dataset004.json").read_text(encoding="utf-8")
+    )
     architecture = written["configurations"]["3d_fullres"]["architecture"]
     assert architecture["network_class_name"].endswith("ResidualEncoderUNet")
 

@@ -95,7 +95,7 @@ def test_probabilities_of_the_folds_are_averaged(model, scans, monkeypatch):
 
 
 def test_weights_that_do_not_fit_are_refused(model):
-    record = json.loads((model / "dataset.json").read_text())
+    record = json.loads((model / "dataset.json").read_text(encoding="utf-8"))
     record["classification"]["classes"] = ["a", "b", "c"]
     (model / "dataset.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match="do not fit the plans and classes"):

@@ -59,7 +59,7 @@ def test_with_labels_and_the_published_split(raw, amos, capsys):
     folder = raw / "Dataset801_X"
     assert names(folder / "labelsTr") == ["amos_0001", "amos_0002", "amos_0003"]
     assert names(folder / "imagesTs") == ["amos_0004_0000"]
-    assert json.loads((folder / "splits_final.json").read_text()) == [
+    assert json.loads((folder / "splits_final.json").read_text(encoding="utf-8")) == [
         {"train": ["amos_0001", "amos_0002"], "val": ["amos_0003"]}
     ]
     printed = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_another_run_adds_what_is_new(raw, amos, capsys):
     assert "added 1 cases" in printed
     # nnU-Net's planner asserts that the split that it copied before is the same.
     assert f"cp {raw}/Dataset801_X/splits_final.json {used}" in printed
-    split = json.loads((raw / "Dataset801_X" / "splits_final.json").read_text())
+    split = json.loads((raw / "Dataset801_X" / "splits_final.json").read_text(encoding="utf-8"))
     assert split == [{"train": ["amos_0001", "amos_0002", "amos_0005"], "val": ["amos_0003"]}]
 
 
@@ -105,7 +105,7 @@ def test_dry_run_and_bad_cases(raw, amos, capsys):
     assert "[truncated] 1" in capsys.readouterr().out and not (raw / "Dataset801_X").exists()
     assert "--skip-bad" in refused(capsys, "amos", "-i", amos)
     assert run("amos", "-i", amos, "--skip-bad") == 0
-    split = json.loads((raw / "Dataset801_X" / "splits_final.json").read_text())
+    split = json.loads((raw / "Dataset801_X" / "splits_final.json").read_text(encoding="utf-8"))
     assert split == [{"train": ["amos_0001"], "val": ["amos_0003"]}]
 
 
@@ -117,7 +117,7 @@ def test_slices_with_classes(raw, tmp_path, capsys):
     assert "no voxel size" in refused(capsys, "cc-ccii", "-i", tmp_path / "cc")
     assert run("cc-ccii", "-i", tmp_path / "cc", "--spacing", 5, 1, 1) == 0
     table = raw / "Dataset801_X" / "case_labels.csv"
-    assert table.read_text().splitlines()[1:] == ["CP_1_1,CP,1", "NCP_0_1,NCP,0", "Normal_2_1,Normal,2"]
+    assert table.read_text(encoding="utf-8").splitlines()[1:] == ["CP_1_1,CP,1", "NCP_0_1,NCP,0", "Normal_2_1,Normal,2"]
     assert str(table) in capsys.readouterr().out
 
 

@@ -63,9 +63,9 @@ def test_nothing_is_overwritten_unasked(preprocessed, capsys):
     command = ["network-plans", "-d", "801", "--network", "fpn", "-o", "mine"]
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
-    assert file.read_text() == "{}"
+    assert file.read_text(encoding="utf-8") == "{}"
     assert main([*command, "--overwrite"]) == 0
-    assert json.loads(file.read_text())["plans_name"] == "mine"
+    assert json.loads(file.read_text(encoding="utf-8"))["plans_name"] == "mine"
 
 
 def test_too_few_stages_are_named(preprocessed, tiny_plans, capsys):

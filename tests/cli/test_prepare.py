@@ -75,7 +75,7 @@ def test_another_run_adds_what_is_new(raw, scans, capsys):
     assert "added 1 cases (1 linked, 0 converted), 5 in all" in capsys.readouterr().out
     now = tree(raw / "Dataset801_MyCT")
     assert all(now[f] == first[f] for f in first if f.endswith(".nii.gz"))
-    assert json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text())["numTraining"] == 5
+    assert json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 5
 
 
 def test_dry_run_writes_the_report_only(raw, scans, tmp_path, capsys):
@@ -110,7 +110,7 @@ def test_what_only_the_voxels_show(raw, scans, capsys):
     arguments = ("-i", scans, "--modality", "CT", "--sample", "0")
     assert "nan: " in refused(capsys, *arguments)
     assert not (raw / "Dataset801_MyCT").exists()
-    assert "[not-finite]" in (raw / "report_Dataset801_MyCT" / "prepare_cases.csv").read_text()
+    assert "[not-finite]" in (raw / "report_Dataset801_MyCT" / "prepare_cases.csv").read_text(encoding="utf-8")
     assert prepare(*arguments, "--skip-bad") == 0
     assert "nan.nii.gz" not in cases(raw)
 
@@ -132,7 +132,7 @@ def test_channels(raw, tmp_path):
     for name in ("x_0000", "x_0001", "y_0000", "y_0001"):
         save(tmp_path / "mr" / f"{name}.nii.gz", np.abs(ct(len(name) + ord(name[-1]) + ord(name[0]))) + 3)
     assert prepare("-i", tmp_path / "mr", "--channels", "T1", "T2", "--modality", "MR") == 0
-    description = json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text())
+    description = json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text(encoding="utf-8"))
     assert description["channel_names"] == {"0": "T1", "1": "T2"} and description["numTraining"] == 2
     assert len(list((raw / "Dataset801_MyCT" / "imagesTr").iterdir())) == 4
 
@@ -142,7 +142,7 @@ def test_normalisation_of_ct_phases(raw, tmp_path):
         save(tmp_path / "ct" / f"{name}.nii.gz", ct(index))
     arguments = ("--channels", "arterial=_art", "venous=_ven", "--modality", "CT")
     assert prepare("-i", tmp_path / "ct", *arguments) == 0
-    description = json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text())
+    description = json.loads((raw / "Dataset801_MyCT" / "dataset.json").read_text(encoding="utf-8"))
     assert description["channel_names"] == {"0": "CT", "1": "CT"}
 
 
@@ -174,7 +174,9 @@ def test_a_dataset_of_somebody_else(raw, scans, capsys):
     folder.mkdir(parents=True)
     (folder / "x_0000.nii.gz").write_text("precious")
     assert "was not written by this command" in refused(capsys, "-i", scans, "--modality", "CT")
-    assert (folder / "x_0000.nii.gz").read_text() == "precious" and len(list(folder.parent.rglob("*"))) == 2
+    assert (folder / "x_0000.nii.gz").read_text(encoding="utf-8") == "precious" and len(
+        list(folder.parent.rglob("*"))
+    ) == 2
 
 
 def test_variables_folders_and_options_that_are_wrong(raw, scans, tmp_path, capsys, monkeypatch):
@@ -219,7 +221,9 @@ def test_every_kind_of_bad_input_is_named_and_nothing_is_changed(raw, scans, dic
         content[84:88] = np.float32(value).tobytes()  # pixdim[2]
         (bad / f"{name}.nii").write_bytes(content)
     header = save(bad / "sheared.mhd", ct(12))
-    header.write_text(header.read_text().replace("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.5 1 0"))
+    header.write_text(
+        header.read_text(encoding="utf-8").replace("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.5 1 0")
+    )
     broken = ct(13).astype(np.float32)
     broken[1, 1, 1] = np.nan
     save(bad / "nan.nii.gz", broken)

@@ -82,7 +82,7 @@ def test_folders_of_others_are_left_alone(paths):
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="no quickstart wrote"):
             quickstart.prepare_folder(paths, overwrite, None)
-    assert mine.read_text() == "mine"
+    assert mine.read_text(encoding="utf-8") == "mine"
 
 
 def test_earlier_results_are_replaced_only_on_request(paths):
@@ -94,7 +94,7 @@ def test_earlier_results_are_replaced_only_on_request(paths):
         quickstart.prepare_folder(paths, False, None)
     assert old.is_file()
     quickstart.prepare_folder(paths, True, None)
-    assert not old.exists() and paths.results.is_dir() and note.read_text() == "mine"
+    assert not old.exists() and paths.results.is_dir() and note.read_text(encoding="utf-8") == "mine"
 
 
 @pytest.mark.parametrize("data", ["keep", "keep/Dataset001_X", "."])
@@ -111,7 +111,7 @@ def test_links_to_data_are_removed_without_the_data(paths, tmp_path):
     (paths.raw / "link").symlink_to(image)
     (paths.raw / "folder").symlink_to(image.parent)
     quickstart.prepare_folder(paths, True, image.parent)
-    assert image.read_text() == "voxels" and not list(paths.raw.iterdir())
+    assert image.read_text(encoding="utf-8") == "voxels" and not list(paths.raw.iterdir())
 
 
 def test_whole_run(tmp_path, capsys):
@@ -130,10 +130,10 @@ def test_whole_run(tmp_path, capsys):
     assert "not evidence" in printed.out
     for stage in ("pretrain without labels: 100%", "finetune from scratch: 100%", "predict (pretrained): 100%"):
         assert stage in printed.err
-    page = paths.report.read_text()
+    page = paths.report.read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5 and "stand 1 test case and" in page
     assert (keep / "nnUNet_results_scratch" / "Dataset802_QuickstartLabelled").is_dir()
-    log = (keep / "log.txt").read_text()
+    log = (keep / "log.txt").read_text(encoding="utf-8")
     assert "STC3DFinetuneTrainer_quickstart" in log
 
     # The script is what a user repeats: its syntax is right and it names every command that ran.
@@ -141,5 +141,7 @@ def test_whole_run(tmp_path, capsys):
     subprocess.run(["sh", "-n", str(script)], check=True)
     shown = [line.removeprefix("$ ") for line in printed.out.splitlines() if line.startswith("$ ")]
     assert len(shown) == 12
-    assert [line for line in script.read_text().splitlines() if "nnUNetv2_" in line or "small-plans" in line] == shown
+    assert [
+        line for line in script.read_text(encoding="utf-8").splitlines() if "nnUNetv2_" in line or "small-plans" in line
+    ] == shown
     assert str(Path(sys.executable).parent) not in "".join(shown)

@@ -29,7 +29,7 @@ def preprocessed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dataset", ["802", "Dataset802_X"])
 def test_writes_plans(preprocessed, dataset, capsys):
     assert main(["small-plans", "-d", dataset, "--patch-size", "32", "32", "16", "--batch-size", "1"]) == 0
-    plans = json.loads((preprocessed / "nnUNetSmallPlans.json").read_text())
+    plans = json.loads((preprocessed / "nnUNetSmallPlans.json").read_text(encoding="utf-8"))
     assert plans["configurations"]["3d_fullres"]["patch_size"] == [32, 32, 16]
     assert plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["features_per_stage"] == [8, 16, 32]
     assert "-p nnUNetSmallPlans" in capsys.readouterr().out

@@ -33,10 +33,10 @@ def python(code, **options):
 def test_output_goes_to_the_log_and_variables_to_the_program(runner, capsys):
     code = "import os; print(os.environ['QUICK_A'], os.environ['QUICK_B'])"
     runner.run(python(code, environment={"QUICK_B": "3"}))
-    assert "one two 3" in runner.log.read_text()
+    assert "one two 3" in runner.log.read_text(encoding="utf-8")
     shown = f"QUICK_B=3 python -c {commands.shlex.quote(code)}"
     assert f"$ {shown}" in capsys.readouterr().out
-    script = runner.script.read_text()
+    script = runner.script.read_text(encoding="utf-8")
     assert script.startswith("#!/bin/sh") and "export QUICK_A='one two'\n" in script and script.endswith(f"{shown}\n")
     assert [done.command.title for done in runner.finished] == ["a test"] and runner.finished[0].seconds > 0
 
@@ -67,7 +67,7 @@ def test_an_interrupt_ends_the_program_and_its_workers(runner, tmp_path, monkeyp
 
     def interrupted(self, process, command):
         until = time.monotonic() + 20
-        while not (pid.is_file() and pid.read_text()) and time.monotonic() < until:
+        while not (pid.is_file() and pid.read_text(encoding="utf-8")) and time.monotonic() < until:
             time.sleep(0.05)
         raise KeyboardInterrupt
 
@@ -75,9 +75,9 @@ def test_an_interrupt_ends_the_program_and_its_workers(runner, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         runner.run(python(code + "; import time; time.sleep(60)"))
     until = time.monotonic() + 20
-    while _runs(int(pid.read_text())) and time.monotonic() < until:
+    while _runs(int(pid.read_text(encoding="utf-8"))) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not _runs(int(pid.read_text()))
+    assert not _runs(int(pid.read_text(encoding="utf-8")))
 
 
 def _runs(pid):

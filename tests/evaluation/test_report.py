@@ -103,7 +103,7 @@ def test_report_is_one_file_with_all_pictures(tmp_path):
     views.write_bytes(b"\x89PNG\r\n\x1a\n")
     path = tmp_path / "report.html"
     rows = write_report(make_comparison(tmp_path, views=views), path)
-    page = path.read_text()
+    page = path.read_text(encoding="utf-8")
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 5 and all(s.startswith("data:image/png;base64,iVBOR") for s in sources)
     assert not re.search(r"https?://|<link|<script|url\(", page)
@@ -115,7 +115,7 @@ def test_user_strings_are_escaped(tmp_path):
     path = tmp_path / "report.html"
     organs = {"a": {"<i>liver</i>": 0.5}}
     write_report(make_comparison(tmp_path, scratch=organs, pretrained=organs, labels={"<i>liver</i>": 1}), path)
-    page = path.read_text()
+    page = path.read_text(encoding="utf-8")
     for raw in ("<script", "<i>", "<b>", "echo 'done'"):
         assert raw not in page
     assert "&lt;i&gt;liver&lt;/i&gt;" in page and "cases &amp; more" in page
@@ -124,14 +124,14 @@ def test_user_strings_are_escaped(tmp_path):
 def test_report_does_without_overlays_views_and_validation(tmp_path):
     path = tmp_path / "report.html"
     write_report(make_comparison(tmp_path, overlay_cases=(), labels={}, stages=(), commands="", pretraining={}), path)
-    assert path.read_text().count("<img") == 3
+    assert path.read_text(encoding="utf-8").count("<img") == 3
 
 
 def test_a_loss_is_marked_as_one(tmp_path):
     path = tmp_path / "report.html"
     worse = {"a": {"liver": 0.65, "spleen": 0.1}, "b": {"liver": 0.45, "spleen": NAN}}
     write_report(make_comparison(tmp_path, pretrained=worse), path)
-    page = path.read_text()
+    page = path.read_text(encoding="utf-8")
     assert "Pretraining lost in this run" in page and '<td class="loss">-0.150</td>' in page
 
 

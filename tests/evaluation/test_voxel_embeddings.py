@@ -282,4 +282,4 @@ def test_the_hash_is_of_the_content(tmp_path):
 
 def test_the_record_is_plain_json(checkpoint, preprocessed):
     folder = embed(checkpoint(), preprocessed)
-    assert json.loads((folder / "embeddings.json").read_text())["spacing"] == [1.5, 1.0, 1.0]
+    assert json.loads((folder / "embeddings.json").read_text(encoding="utf-8"))["spacing"] == [1.5, 1.0, 1.0]

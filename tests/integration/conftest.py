@@ -157,7 +157,7 @@ def _write(array: np.ndarray, spacing: tuple[float, ...], path: Path) -> None:
 
 def edit_plans(file: Path, **arch_kwargs: object) -> None:
     """Changes the architecture of plans of one configuration."""
-    plans = json.loads(file.read_text())
+    plans = json.loads(file.read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"].update(arch_kwargs)
     file.write_text(json.dumps(plans))
 

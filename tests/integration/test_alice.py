@@ -25,7 +25,7 @@ def embedded(workspace, pretrained):
 def primus_plans(workspace):
     """Plans with a transformer instead of the U-Net, as the page says to write them."""
     folder = workspace.preprocessed(CT)
-    plans = json.loads((folder / f"{PLAIN}.json").read_text())
+    plans = json.loads((folder / f"{PLAIN}.json").read_text(encoding="utf-8"))
     plans["plans_name"] = PRIMUS
     configuration = plans["configurations"]["3d_fullres"]
     configuration["architecture"] = {
@@ -64,7 +64,7 @@ def alice_finetuned(workspace, alice):
 
 def log_of(run) -> str:
     (file,) = run.folder.glob("training_log_*.txt")
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 def test_maps_of_all_cases_are_made(workspace, embedded):
@@ -79,7 +79,7 @@ def test_maps_of_all_cases_are_made(workspace, embedded):
 def test_the_embeddings_decide_where_crops_correspond(alice):
     run = alice["unet"].ok()
     assert "correspond by their embeddings (STC3D" in log_of(run)
-    summary = json.loads((run.folder / "pretraining_summary.json").read_text())
+    summary = json.loads((run.folder / "pretraining_summary.json").read_text(encoding="utf-8"))
     assert summary["method"] == "Alice" and summary["transfers"] == ["encoder", "decoder"]
     assert summary["last"]["train_matched"] > 0 and np.isfinite(summary["last"]["val_masked_error"])
     assert (run.folder / "views.png").stat().st_size > 10_000 and (run.folder / "progress.png").is_file()
@@ -96,7 +96,7 @@ def test_stock_finetuning_from_alice(alice, alice_finetuned):
 
 
 def test_a_transformer_is_pretrained_and_finetuned(alice, alice_finetuned):
-    summary = json.loads((alice["primus"].ok().folder / "pretraining_summary.json").read_text())
+    summary = json.loads((alice["primus"].ok().folder / "pretraining_summary.json").read_text(encoding="utf-8"))
     assert summary["transfers"] == ["down_projection", "eva"]
     run = alice_finetuned["primus"].ok()
     assert re.search(r"Pretrained weights from .*\(Alice, 1 epochs\): down_projection, eva", log_of(run))

@@ -32,7 +32,7 @@ def assert_equal(a, b, path="checkpoint"):
 
 
 def steps_of(folder):
-    return [json.loads(line) for line in (folder / "steps.txt").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "steps.txt").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def runs(workspace):
 def test_the_pretraining_writes_what_every_pretraining_writes(runs, name):
     _, method, terms, modules = METHODS[name]
     folder = runs[name][0].folder
-    summary = json.loads((folder / "pretraining_summary.json").read_text())
+    summary = json.loads((folder / "pretraining_summary.json").read_text(encoding="utf-8"))
     assert summary["method"] == method
     assert all(np.isfinite(summary["last"][key]) for key in MONITORS)
     for term in (*terms, "losses"):

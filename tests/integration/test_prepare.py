@@ -33,12 +33,12 @@ def write(path: Path, array: np.ndarray, spacing: tuple[float, float, float], fl
 def prepared(workspace, tmp_path_factory, dicom_series) -> Path:
     """The dataset that was written; the scans lie elsewhere."""
     scans = tmp_path_factory.mktemp("scans")
-    write(scans / "a.nii.gz", torso(0, (24, 30, 32)), (1.0, 1.0, 1.5))
-    write(scans / "two" / "b.nii.gz", torso(1, (26, 28, 30)), (1.0, 1.0, 1.5), flip=True)
-    write(scans / "two" / "c.nrrd", torso(2, (22, 32, 32)), (1.1, 1.1, 1.4))
-    write(scans / "d.mhd", torso(3, (24, 28, 34)), (1.0, 1.0, 2.0))
-    np.savez(scans / "e.npz", image=torso(4, (24, 30, 30)), spacing=np.array([1.5, 1.0, 1.0]))
-    dicom_series(scans / "patient" / "series", torso(5, (25, 30, 30)), (1.0, 1.0, 1.5))
+    write(scans / "a.nii.gz", torso(0, (24, 30, 32)), (1.0, 1.0, 4.0))
+    write(scans / "two" / "b.nii.gz", torso(1, (26, 28, 30)), (1.0, 1.0, 4.0), flip=True)
+    write(scans / "two" / "c.nrrd", torso(2, (22, 32, 32)), (1.1, 1.1, 4.5))
+    write(scans / "d.mhd", torso(3, (24, 28, 34)), (1.0, 1.0, 4.0))
+    np.savez(scans / "e.npz", image=torso(4, (24, 30, 30)), spacing=np.array([4.0, 1.0, 1.0]))
+    dicom_series(scans / "patient" / "series", torso(5, (25, 30, 30)), (1.0, 1.0, 4.0))
     (scans / "readme.txt").write_text("not a scan")
     run = workspace.run("nnssl_stc3d", "prepare", "-i", scans, "-d", 905, "-n", "Prepared", "--modality", "CT").ok()
     assert "added 6 cases (2 linked, 4 converted)" in run.output
@@ -52,7 +52,7 @@ def test_nnunet_accepts_what_was_written(workspace, prepared):
     ).ok()  # fmt: skip
     assert "verify_dataset_integrity Done" in run.output and "Warning" not in run.output
     folder = workspace.preprocessed(DATASET)
-    plans = json.loads((folder / "nnUNetPlans.json").read_text())
+    plans = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))
     assert plans["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
     # Statistics are taken inside the body: far from the -1000 HU of the air around it.
     values = plans["foreground_intensity_properties_per_channel"]["0"]
@@ -76,7 +76,9 @@ def test_from_a_folder_of_scans_to_a_prediction(workspace, prepared, tmp_path):
     ).ok()  # fmt: skip
     assert f"-plans_name {aligned}" in run.output and "-pretrained_weights" in run.output
     own, other = (
-        json.loads((workspace.preprocessed(dataset) / f"{name}.json").read_text())["configurations"]["3d_fullres"]
+        json.loads((workspace.preprocessed(dataset) / f"{name}.json").read_text(encoding="utf-8"))["configurations"][
+            "3d_fullres"
+        ]
         for dataset, name in ((DATASET, aligned), (target, plans))
     )
     assert own["spacing"] == other["spacing"] == [5.0, 1.0, 1.0]

@@ -21,7 +21,7 @@ TERMS = {"plain": ("pred", "reg", "dense"), "resenc_paper": ("pred", "reg", "inf
 
 def log_of(folder: Path) -> str:
     (file,) = folder.glob("training_log_*.txt")
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 def final(folder: Path) -> dict:
@@ -29,7 +29,7 @@ def final(folder: Path) -> dict:
 
 
 def cases_of(folder: Path) -> set[str]:
-    return {c for line in (folder / "steps.txt").read_text().splitlines() for c in json.loads(line)[1]}
+    return {c for line in (folder / "steps.txt").read_text(encoding="utf-8").splitlines() for c in json.loads(line)[1]}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -38,7 +38,7 @@ def test_figures_and_summary_are_written(pretrained, name):
     for figure in ("views.png", "progress.png"):
         image = plt.imread(folder / figure)
         assert min(image.shape[:2]) > 200 and image.std() > 0.01
-    summary = json.loads((folder / "pretraining_summary.json").read_text())
+    summary = json.loads((folder / "pretraining_summary.json").read_text(encoding="utf-8"))
     assert summary["method"] == "STC3D"
     assert np.isfinite(summary["last"]["train_losses"]) and np.isfinite(summary["last"]["val_losses"])
     assert set(MONITORS) <= set(summary["last"])
@@ -67,8 +67,12 @@ def test_the_checkpoint_loads_safely_and_says_what_it_is(pretrained, workspace, 
     assert checkpoint["method"]["transfers"] == (["encoder"] if name == "resenc_paper" else ["encoder", "decoder"])
     plans_name = checkpoint["plans"]["plans_name"]
     dataset = checkpoint["plans"]["dataset_name"]
-    assert checkpoint["plans"] == json.loads((workspace.preprocessed(dataset) / f"{plans_name}.json").read_text())
-    assert checkpoint["dataset_json"] == json.loads((workspace.preprocessed(dataset) / "dataset.json").read_text())
+    assert checkpoint["plans"] == json.loads(
+        (workspace.preprocessed(dataset) / f"{plans_name}.json").read_text(encoding="utf-8")
+    )
+    assert checkpoint["dataset_json"] == json.loads(
+        (workspace.preprocessed(dataset) / "dataset.json").read_text(encoding="utf-8")
+    )
     assert checkpoint["configuration"] == "3d_fullres"
     assert {"nnssl_stc3d", "nnunetv2", "torch", "python"} <= set(checkpoint["versions"])
     assert all(v.device.type == "cpu" for v in checkpoint["network_weights"].values())
@@ -100,7 +104,9 @@ def test_fold_all_reads_all_cases(pretrained):
 
 
 def test_a_fold_trains_on_its_training_cases_only(pretrained, workspace):
-    from_splits = json.loads((workspace.preprocessed("Dataset901_TinyCT") / "splits_final.json").read_text())[0]
+    from_splits = json.loads(
+        (workspace.preprocessed("Dataset901_TinyCT") / "splits_final.json").read_text(encoding="utf-8")
+    )[0]
     folder = pretrained["resenc_paper"].folder
     assert folder.name == "fold_0"
     seen = cases_of(folder)
@@ -133,7 +139,7 @@ def test_compiling_is_declined_on_the_cpu_as_nnunet_does(pretrained):
 
 
 def test_wandb_gets_the_configuration_and_every_value(pretrained, wandb_record):
-    entries = [json.loads(line) for line in wandb_record.read_text().splitlines()]
+    entries = [json.loads(line) for line in wandb_record.read_text(encoding="utf-8").splitlines()]
     assert entries[0][0] == "init" and entries[0][1]["mode"] == "offline"
     config = {k: v for entry in entries if entry[0] == "config" for k, v in entry[1].items()}
     assert config["method"] == "STC3D" and config["hparas"]["temperature"] == 0.1

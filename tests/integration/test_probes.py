@@ -41,7 +41,9 @@ def test_a_probe_trains_its_head_and_leaves_the_pretrained_network_bit_equal(run
     assert all(torch.equal(end[key], source[key.removeprefix("backbone.")]) for key in backbone)
     heads = [key for key in end if key.startswith("head.")]
     assert heads and not any(torch.equal(end[key], start[key]) for key in heads if key.endswith("weight"))
-    assert json.loads((runs[name].folder / "validation" / "summary.json").read_text())["foreground_mean"]
+    assert json.loads((runs[name].folder / "validation" / "summary.json").read_text(encoding="utf-8"))[
+        "foreground_mean"
+    ]
 
 
 def scans(workspace, tmp_path, cases):
@@ -67,7 +69,7 @@ def test_prediction_of_a_probe_equals_its_validation(workspace, runs, tmp_path):
 
 def test_new_scans_are_classified_as_in_the_validation(workspace, runs, tmp_path):
     folder = runs["classify"].folder
-    assert json.loads((folder / "validation" / "summary.json").read_text())["cases"] == 2
+    assert json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))["cases"] == 2
     output, labels = tmp_path / "classes.csv", tmp_path / "labels.csv"
     labels.write_text("case,label\ncase_0,even\ncase_1,odd\n")
     arguments = ("classify", folder.parent, "-i", scans(workspace, tmp_path, ["case_0", "case_1"]), "-o", output)

@@ -69,7 +69,7 @@ def test_an_encoder_only_pretraining_leaves_the_decoder_to_finetuning(finetuned,
 )
 def test_the_log_reports_the_transfer(finetuned, name, parts, fresh):
     (log,) = finetuned[name].ok().folder.glob("training_log_*.txt")
-    lines = [line.strip() for line in log.read_text().splitlines()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines()]
     start = next(i for i, line in enumerate(lines) if "Pretrained weights from" in line)
     assert "checkpoint_final.pth (STC3D, 1 epoch" in lines[start] and lines[start].endswith(f"): {parts}")
     assert re.fullmatch(r"\d+ tensors loaded, 0 adapted, \d+ fresh; compared afterwards: equal", lines[start + 1])

@@ -48,13 +48,13 @@ def final(folder: Path) -> dict:
 
 def log_of(folder: Path) -> str:
     (file,) = folder.glob("training_log_*.txt")
-    return file.read_text()
+    return file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_pretraining_writes_what_every_pretraining_writes(pretrained, name):
     folder = pretrained[name].ok().folder
-    summary = json.loads((folder / "pretraining_summary.json").read_text())
+    summary = json.loads((folder / "pretraining_summary.json").read_text(encoding="utf-8"))
     assert summary["method"] == "vox2vec" and summary["transfers"] == ["encoder", "decoder"]
     assert {"val_losses", "val_voxel_retrieval", "effective_rank"} <= set(summary["last"])
     assert all(np.isfinite(v) for v in summary["last"].values())

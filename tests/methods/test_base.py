@@ -203,7 +203,7 @@ def example_folder(repository, tmp_path, monkeypatch):
 
 
 def test_a_method_of_ones_own_trains(example_folder, tiny_plans, tiny_network):
-    lines = (example_folder / "magnification.py").read_text().splitlines()
+    lines = (example_folder / "magnification.py").read_text(encoding="utf-8").splitlines()
     assert len([line for line in lines if line and not line.startswith(("from", "import"))]) < 25
     module = importlib.import_module("magnification")
     config = module.MagnificationConfig(view_shape=(8, 8, 8))

@@ -125,7 +125,7 @@ def test_cases_classes_and_patients(corpus, nnunet_raw):
     np.testing.assert_allclose(image.GetSpacing(), (0.7, 0.75, 5.0), rtol=1e-6)
     assert target.channels[0].nnunet_name == "windowed CT"
     file = write_case_labels(target.folder, found.case_labels)
-    assert file.read_text().splitlines() == [
+    assert file.read_text(encoding="utf-8").splitlines() == [
         "case,label,patient", "CP_7_3140,CP,7", "NCP_2_1084,NCP,2", "NCP_2_1085,NCP,2"
     ]  # fmt: skip
     # Another run that sees other cases keeps what was there.

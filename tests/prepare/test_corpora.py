@@ -85,7 +85,7 @@ def test_btcv(put, nnunet_raw, corners):
         assert (folder / f"{written}.nii.gz").resolve() == file.files[0]
     assert sorted(f.name for f in (folder / "imagesTs").iterdir()) == ["img0061_0000.nii.gz"]
     assert not (folder / "labelsTs").exists()
-    description = json.loads((folder / "dataset.json").read_text())
+    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     assert description["labels"]["left adrenal gland"] == 13 and description["numTraining"] == 2
     assert "Synapse" in description["reference"] and description["channel_names"] == {"0": "CT"}
 
@@ -110,7 +110,7 @@ def test_without_labels_held_out_parts_are_left_out(put, nnunet_raw):
     everything = find("btcv", folder, unlabelled=True, held_out=True)
     assert parts(everything) == (["img0001", "img0002", "img0061"], []) and everything.left_out == ()
     written = write("btcv", found, nnunet_raw, unlabelled=True)
-    assert json.loads((written / "dataset.json").read_text())["labels"] == {"background": 0, "body": 1}
+    assert json.loads((written / "dataset.json").read_text(encoding="utf-8"))["labels"] == {"background": 0, "body": 1}
     assert set(np.unique(array(written / "labelsTr" / "img0001.nii.gz"))) == {0, 1}
 
 
@@ -175,7 +175,7 @@ def test_amos(amos, nnunet_raw):
     assert found.splits == [{"train": ["amos_0001"], "val": ["amos_0008"]}]
     assert parts(find("amos", amos, "MR")) == (["amos_0507"], ["amos_0600"])
     assert parts(find("amos", amos, unlabelled=True)) == (["amos_0001"], [])
-    description = json.loads((write("amos", found, nnunet_raw) / "dataset.json").read_text())
+    description = json.loads((write("amos", found, nnunet_raw) / "dataset.json").read_text(encoding="utf-8"))
     assert description["overwrite_image_reader_writer"] == "NibabelIOWithReorient"
     assert len(description["labels"]) == 16
 
@@ -197,7 +197,7 @@ def test_kits(put, nnunet_raw, label):
     found = find("kits", folder)
     assert parts(found) == (["case_00000"], ["case_00210"])
     assert found.cases[0].case.label.files[0].name == f"{label}.nii.gz"
-    description = json.loads((write("kits", found, nnunet_raw) / "dataset.json").read_text())
+    description = json.loads((write("kits", found, nnunet_raw) / "dataset.json").read_text(encoding="utf-8"))
     assert description["labels"]["kidney"] == [1, 2, 3] and description["regions_class_order"] == [1, 3, 2]
 
 
@@ -234,7 +234,7 @@ def test_brats21(put, nnunet_raw):
     ]  # fmt: skip
     written = write("brats21", found, nnunet_raw)
     assert array(written / "labelsTr" / "BraTS2021_00000.nii.gz")[3, 4, :7].tolist() == [2, 2, 1, 1, 3, 3, 0]
-    description = json.loads((written / "dataset.json").read_text())
+    description = json.loads((written / "dataset.json").read_text(encoding="utf-8"))
     assert description["channel_names"] == {"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"}
     assert description["regions_class_order"] == [1, 2, 3]
 

@@ -132,7 +132,9 @@ def test_a_header_without_its_voxels(tmp_path, save, ct):
 def test_spacing_that_is_not_positive(tmp_path, save, ct, ending, value):
     path = save(tmp_path / f"scan{'.nii' if ending == '.nii.gz' else ending}", ct())
     if ending == ".mhd":
-        path.write_text(path.read_text().replace("ElementSpacing = 1 1.5 2", f"ElementSpacing = 1 {value} 2"))
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("ElementSpacing = 1 1.5 2", f"ElementSpacing = 1 {value} 2")
+        )
     else:
         # ITK makes a zero in the header a one.
         content = bytearray(path.read_bytes())
@@ -158,7 +160,9 @@ def test_axes_that_are_not_perpendicular(tmp_path, save, ct):
         FileVolume(tmp_path / "sheared.nii.gz").header()
     assert error.value.problem.code == "not-orthonormal"
     path = save(tmp_path / "scan.mhd", ct())
-    path.write_text(path.read_text().replace("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.5 1 0"))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace("TransformMatrix = 1 0 0 0 1 0", "TransformMatrix = 1 0 0 0.5 1 0")
+    )
     assert [p.code for p in header_problems(FileVolume(path).header(), "", "scan")] == ["not-orthonormal"]
 
 

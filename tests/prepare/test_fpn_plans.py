@@ -45,7 +45,7 @@ def test_plans_are_written_beside_their_source(tiny_plans, tmp_path):
     (tmp_path / "nnUNetPlans.json").write_text(json.dumps(tiny_plans()))
     file = write_fpn_plans(tmp_path)
     assert file == tmp_path / "nnUNetFPNPlans.json"
-    assert json.loads(file.read_text()) == derive_fpn_plans(tiny_plans(), "nnUNetFPNPlans")
+    assert json.loads(file.read_text(encoding="utf-8")) == derive_fpn_plans(tiny_plans(), "nnUNetFPNPlans")
     with pytest.raises(ValueError, match="exists"):
         write_fpn_plans(tmp_path)
     assert write_fpn_plans(tmp_path, overwrite=True) == file

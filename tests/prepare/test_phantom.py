@@ -109,10 +109,13 @@ def test_datasets_are_in_nnunet_format_and_share_no_individual(tmp_path):
         for file in folder.iterdir()
     }
     assert len(names) == 4
-    description = json.loads((labelled / "dataset.json").read_text())
+    description = json.loads((labelled / "dataset.json").read_text(encoding="utf-8"))
     assert description["labels"] == LABELS and description["channel_names"] == {"0": "CT"}
     assert description["numTraining"] == 1 and description["file_ending"] == ".nii.gz"
-    assert json.loads((unlabelled / "dataset.json").read_text())["labels"] == {"background": 0, "body": 1}
+    assert json.loads((unlabelled / "dataset.json").read_text(encoding="utf-8"))["labels"] == {
+        "background": 0,
+        "body": 1,
+    }
     for image in (unlabelled / "imagesTr").iterdir():
         label = sitk.ReadImage(str(unlabelled / "labelsTr" / image.name.replace("_0000.nii.gz", ".nii.gz")))
         assert label.GetSpacing() == sitk.ReadImage(str(image)).GetSpacing()

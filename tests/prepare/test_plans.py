@@ -171,12 +171,12 @@ def test_files(tmp_path):
         with pytest.raises(ValueError):
             write_small_plans(tmp_path, "nnUNetPlans", name)
     file = write_small_plans(tmp_path, "nnUNetPlans", "small")
-    assert file == tmp_path / "small.json" and json.loads(file.read_text())["plans_name"] == "small"
+    assert file == tmp_path / "small.json" and json.loads(file.read_text(encoding="utf-8"))["plans_name"] == "small"
     changed = SmallPlansConfig(base_features=4)
     with pytest.raises(ValueError, match="--overwrite"):
         write_small_plans(tmp_path, "nnUNetPlans", "small", small=changed)
     write_small_plans(tmp_path, "nnUNetPlans", "small", small=changed, overwrite=True)
-    kwargs = json.loads(file.read_text())["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    kwargs = json.loads(file.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert kwargs["features_per_stage"] == [4, 8, 16, 32, 64]
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -89,7 +89,7 @@ def test_without_monai_no_plans_are_written(tiny_plans, monkeypatch, tmp_path):
 def test_plans_are_written_beside_their_source(tiny_plans, tmp_path):
     (tmp_path / "nnUNetPlans.json").write_text(json.dumps(tiny_plans()))
     file = write_transformer_plans(tmp_path, "nnUNetPlans", "new", "primus")
-    assert json.loads(file.read_text()) == json.loads(
+    assert json.loads(file.read_text(encoding="utf-8")) == json.loads(
         json.dumps(derive_transformer_plans(tiny_plans(), "new", "primus"))
     )
     with pytest.raises(ValueError, match="exists"):

@@ -62,8 +62,11 @@ def test_split_datasets(dataset, tmp_path):
     mask = sitk.GetArrayFromImage(sitk.ReadImage(str(unlabelled / "labelsTr" / f"{split.pretraining[0].name}.nii.gz")))
     truth = sitk.GetArrayFromImage(sitk.ReadImage(str(split.pretraining[0].label)))
     np.testing.assert_array_equal(mask, truth)
-    assert json.loads((unlabelled / "dataset.json").read_text())["labels"] == {"background": 0, "body": 1}
-    written = json.loads((labelled / "dataset.json").read_text())
+    assert json.loads((unlabelled / "dataset.json").read_text(encoding="utf-8"))["labels"] == {
+        "background": 0,
+        "body": 1,
+    }
+    written = json.loads((labelled / "dataset.json").read_text(encoding="utf-8"))
     assert written["labels"] == {"background": 0, "tumour": 1} and written["numTraining"] == len(split.labelled)
     assert written["channel_names"] == {"0": "CT", "1": "PET"}
 

@@ -67,7 +67,7 @@ def test_links_conversions_and_masks(target, scans, corners):
         "dataset.json", "imagesTr/a_0000.nii.gz", "imagesTr/b_0000.nii.gz", "imagesTr/c_0000.nii.gz",
         "labelsTr/a.nii.gz", "labelsTr/b.nii.gz", "labelsTr/c.nii.gz", "prepare.json",
     ]  # fmt: skip
-    assert json.loads((folder / "dataset.json").read_text()) == {
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8")) == {
         "channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "numTraining": 3, "file_ending": ".nii.gz"
     }  # fmt: skip
     for case in cases:
@@ -106,7 +106,7 @@ def test_ending_that_needs_fewest_conversions(target, scans):
 
 def test_nii_needs_a_reader_that_is_named(target, scans):
     write_dataset([scans("a", 0, ".nii")], target)
-    description = json.loads((target.folder / "dataset.json").read_text())
+    description = json.loads((target.folder / "dataset.json").read_text(encoding="utf-8"))
     assert description["file_ending"] == ".nii" and description["overwrite_image_reader_writer"] == "SimpleITKIO"
 
 
@@ -114,7 +114,7 @@ def test_another_run_adds_what_is_new_and_changes_nothing(target, scans):
     cases = [scans("a", 0), scans("b", 1, ".nrrd")]
     write_dataset(cases, target)
     (target.folder / "dataset.json").write_text(
-        (target.folder / "dataset.json").read_text().replace("{", '{"description": "mine",', 1)
+        (target.folder / "dataset.json").read_text(encoding="utf-8").replace("{", '{"description": "mine",', 1)
     )
     before = contents(target.folder)
     assert write_dataset(cases, target).new == ()
@@ -125,7 +125,7 @@ def test_another_run_adds_what_is_new_and_changes_nothing(target, scans):
     assert {k: v for k, v in after.items() if k in before and "json" not in k} == {
         k: v for k, v in before.items() if "json" not in k
     }
-    description = json.loads((target.folder / "dataset.json").read_text())
+    description = json.loads((target.folder / "dataset.json").read_text(encoding="utf-8"))
     assert description["numTraining"] == 3 and description["description"] == "mine"
 
 
@@ -245,7 +245,10 @@ def test_an_interruption_while_files_are_moved(target, scans, monkeypatch):
     monkeypatch.undo()
     assert not (target.folder / "dataset.json").exists()
     result = write_dataset(cases, target)
-    assert len(result.new) == 2 and json.loads((target.folder / "dataset.json").read_text())["numTraining"] == 2
+    assert (
+        len(result.new) == 2
+        and json.loads((target.folder / "dataset.json").read_text(encoding="utf-8"))["numTraining"] == 2
+    )
     assert len(files(target.folder)) == 6
 
 
@@ -273,9 +276,11 @@ def test_labels_values_test_cases_and_splits(nnunet_raw, tmp_path, save, ct, rot
     assert (target.folder / "labelsTr" / "b.nii.gz").is_symlink()
     assert sorted(f.name for f in (target.folder / "imagesTs").iterdir()) == ["t_0000.nii.gz", "u_0000.nii.gz"]
     assert [f.name for f in (target.folder / "labelsTs").iterdir()] == ["u.nii.gz"]
-    description = json.loads((target.folder / "dataset.json").read_text())
+    description = json.loads((target.folder / "dataset.json").read_text(encoding="utf-8"))
     assert description["licence"] == "CC-BY" and description["numTraining"] == 2
-    assert json.loads((target.folder / "splits_final.json").read_text()) == [{"train": ["a"], "val": ["b"]}]
+    assert json.loads((target.folder / "splits_final.json").read_text(encoding="utf-8")) == [
+        {"train": ["a"], "val": ["b"]}
+    ]
 
 
 def test_a_published_split_grows_with_the_dataset_unless_it_was_changed(target, scans):
@@ -283,13 +288,16 @@ def test_a_published_split_grows_with_the_dataset_unless_it_was_changed(target, 
     target = replace(target, splits=published)
     file = target.folder / "splits_final.json"
     write_dataset([scans("a", 0), scans("c", 2)], target)
-    assert json.loads(file.read_text()) == [{"train": ["a"], "val": ["c"]}, {"train": ["c"], "val": ["a"]}]
+    assert json.loads(file.read_text(encoding="utf-8")) == [
+        {"train": ["a"], "val": ["c"]},
+        {"train": ["c"], "val": ["a"]},
+    ]
     # A run that sees the second part of the corpus only.
     write_dataset([scans("b", 1)], replace(target, splits=[{"train": ["b"], "val": []}, {"train": [], "val": ["b"]}]))
-    assert json.loads(file.read_text()) == published
+    assert json.loads(file.read_text(encoding="utf-8")) == published
     file.write_text("[]")
     write_dataset([scans("d", 4)], replace(target, splits=[{"train": ["a", "b", "d"], "val": ["c"]}]))
-    assert file.read_text() == "[]"
+    assert file.read_text(encoding="utf-8") == "[]"
 
 
 def test_segmentations_whose_values_stay_are_linked(nnunet_raw, tmp_path, save, ct, rotated, scans):

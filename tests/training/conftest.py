@@ -34,6 +34,14 @@ class TinyTrainer(PretrainTrainer):
     validation_steps = 1
 
 
+@pytest.fixture(autouse=True)
+def _stock_loader(monkeypatch):
+    """A trainer that is initialised replaces nnU-Net's loader for one load, which most tests never make."""
+    from nnunetv2.run import run_training
+
+    monkeypatch.setattr(run_training, "load_pretrained_weights", run_training.load_pretrained_weights)
+
+
 @pytest.fixture
 def nnunet(tmp_path, monkeypatch, tiny_plans, tiny_dataset_json) -> Path:
     """Folders of nnU-Net with six preprocessed cases of ``tiny_plans``; returns the folder of the cases."""

@@ -110,7 +110,7 @@ def test_the_validation_reports_the_pretext_measure_and_the_monitors(make_traine
 
 
 def text_of(trainer) -> str:
-    return Path(trainer.log_file).read_text()
+    return Path(trainer.log_file).read_text(encoding="utf-8")
 
 
 def test_without_maps_the_log_says_how_crops_correspond(make_trainer):

@@ -66,4 +66,4 @@ def test_predictions_are_written_with_probabilities(tmp_path):
         ["y, z", "no", "0.500000", "0.500000"],
     ]
     write_predictions(tmp_path / "b.csv", ["x"], probabilities[:1], ["no", "yes"], truth=[0])
-    assert (tmp_path / "b.csv").read_text().splitlines()[1].split(",")[:3] == ["x", "no", "yes"]
+    assert (tmp_path / "b.csv").read_text(encoding="utf-8").splitlines()[1].split(",")[:3] == ["x", "no", "yes"]

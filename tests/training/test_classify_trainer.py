@@ -52,7 +52,7 @@ def stock_loader(monkeypatch):
 
 
 def log_of(trainer) -> str:
-    return open(trainer.log_file).read()
+    return open(trainer.log_file, encoding="utf-8").read()
 
 
 def test_a_visible_class_is_learned(make_trainer, phantoms, tmp_path):
@@ -61,7 +61,7 @@ def test_a_visible_class_is_learned(make_trainer, phantoms, tmp_path):
     trainer.run_training()
     trainer.perform_actual_validation()
     folder = tmp_path / "nnUNet_results/Dataset801_Unlabelled/Short__nnUNetPlans__3d_fullres"
-    summary = json.loads((folder / "fold_0/validation/summary.json").read_text())
+    summary = json.loads((folder / "fold_0/validation/summary.json").read_text(encoding="utf-8"))
     assert summary["cases"] == 4 and summary["classes"] == ["ball", "empty"]
     assert summary["accuracy"] == summary["auc"] == summary["f1"] == 1 and summary["balanced_accuracy"] == 1
     assert summary["confusion_matrix"] == [[2, 0], [0, 2]]
@@ -71,7 +71,9 @@ def test_a_visible_class_is_learned(make_trainer, phantoms, tmp_path):
     for row in rows:
         assert row["predicted"] == row["label"] and float(row[f"p_{row['label']}"]) > 0.5
         assert float(row["p_ball"]) + float(row["p_empty"]) == pytest.approx(1, abs=1e-5)
-    assert json.loads((folder / "dataset.json").read_text())["classification"] == {"classes": ["ball", "empty"]}
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["classification"] == {
+        "classes": ["ball", "empty"]
+    }
     assert (folder / "fold_0/progress.png").is_file() and (folder / "fold_0/checkpoint_best.pth").is_file()
     assert "8 training cases (ball: 4, empty: 4), 4 validation cases (ball: 2, empty: 2)" in log_of(trainer)
     assert "val_balanced_accuracy" in log_of(trainer)
@@ -80,7 +82,7 @@ def test_a_visible_class_is_learned(make_trainer, phantoms, tmp_path):
     resumed.load_checkpoint(str(folder / "fold_0/checkpoint_final.pth"))
     assert resumed.current_epoch == 2 and resumed.logger.get_value("val_losses", None) != []
     resumed.perform_actual_validation()
-    assert json.loads((folder / "fold_0/validation/summary.json").read_text()) == summary
+    assert json.loads((folder / "fold_0/validation/summary.json").read_text(encoding="utf-8")) == summary
 
 
 def test_pretrained_weights_fill_the_encoder(make_trainer, phantoms, tiny_plans, pretraining_checkpoint, tmp_path):

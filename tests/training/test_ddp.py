@@ -30,7 +30,7 @@ def results(tmp_path_factory):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("method", METHODS)

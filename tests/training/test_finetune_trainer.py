@@ -65,7 +65,7 @@ def test_pretrained_weights_go_through_our_loader_once(trainer, pretraining_chec
     for key, value in checkpoint["network_weights"].items():
         if ".seg_layers." not in key:
             assert torch.equal(state[key], value), key
-    log = open(trainer.log_file).read()
+    log = open(trainer.log_file, encoding="utf-8").read()
     assert "tensors loaded" in log and "adapted" in log and "fresh: decoder.seg_layers" in log
 
 
@@ -82,7 +82,7 @@ def test_the_environment_says_what_may_be_adapted(
     flat = tiny_plans(kernel_sizes=[[3, 3, 3], [3, 3, 3], [1, 3, 3]])
     torch.save(pretraining_checkpoint(flat), tmp_path / "pretrained.pth")
     run_training.load_pretrained_weights(trainer.network, str(tmp_path / "pretrained.pth"))
-    assert "kernel 1x3x3 -> 3x3x3, centred" in open(trainer.log_file).read()
+    assert "kernel 1x3x3 -> 3x3x3, centred" in open(trainer.log_file, encoding="utf-8").read()
 
 
 def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, monkeypatch, tmp_path):

@@ -137,7 +137,7 @@ def test_options_that_changed_since_the_checkpoint_are_reported(make_trainer, ti
 
     other = make_trainer(Warmer)
     other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
-    assert "options that differ from before: temperature: 0.1 -> 0.5" in open(other.log_file).read()
+    assert "options that differ from before: temperature: 0.1 -> 0.5" in open(other.log_file, encoding="utf-8").read()
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(make_trainer, monkeypatch):

@@ -262,7 +262,7 @@ def test_one_fold_trains_on_its_training_cases_only(make_trainer, nnunet):
     trainer = make_trainer(fold=0)
     trainer.initialize()
     training, validation = trainer._datasets()
-    splits = json.loads((nnunet.parent / "splits_final.json").read_text())
+    splits = json.loads((nnunet.parent / "splits_final.json").read_text(encoding="utf-8"))
     assert training.cases.identifiers == sorted(splits[0]["train"])
     assert validation.cases.identifiers == sorted(splits[0]["val"])
     assert not set(training.cases.identifiers) & set(validation.cases.identifiers)

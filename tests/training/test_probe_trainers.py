@@ -181,7 +181,7 @@ def without_data(monkeypatch):
 
 
 def log_of(trainer) -> str:
-    return open(trainer.log_file).read()
+    return open(trainer.log_file, encoding="utf-8").read()
 
 
 @pytest.mark.parametrize("probe", [Linear, LinearDecoder])

@@ -134,7 +134,9 @@ def test_stock_trainer_folder_is_complete(finetuned, tmp_path):
     written = export_stock_trainer(finetuned, tmp_path / "shared")
     assert written == tmp_path / "shared" / "nnUNetTrainer__nnUNetPlans__3d_fullres"
     for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
-        assert json.loads((written / name).read_text()) == json.loads((finetuned / name).read_text())
+        assert json.loads((written / name).read_text(encoding="utf-8")) == json.loads(
+            (finetuned / name).read_text(encoding="utf-8")
+        )
     for fold in (0, 1):
         exported = torch.load(written / f"fold_{fold}" / "checkpoint_final.pth", weights_only=True)
         assert exported["trainer_name"] == "nnUNetTrainer"
@@ -219,7 +221,7 @@ def test_nothing_is_overwritten_unless_asked(pretrained, finetuned, tmp_path):
     file.write_text("precious")
     with pytest.raises(ValueError, match="exists already.*--overwrite"):
         export_nnunet(pretrained[0], file)
-    assert file.read_text() == "precious"
+    assert file.read_text(encoding="utf-8") == "precious"
     export_nnunet(pretrained[0], file, overwrite=True)
     assert "network_weights" in load_checkpoint(file)
 

@@ -61,9 +61,9 @@ def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, spl
     workspace = Workspace(tmp_path / "b")
     workspace.link_datasets(dataset, split)
     assert [workspace.fold(dataset, split, *key) for key in ((2, 0), (1, 0), (2, 1), (2, 0))] == [0, 1, 2, 0]
-    folds = json.loads((workspace.preprocessed / NAME / "splits_final.json").read_text())
+    folds = json.loads((workspace.preprocessed / NAME / "splits_final.json").read_text(encoding="utf-8"))
     assert [fold["train"] for fold in folds] == [split.labelled(2, 0), split.labelled(1, 0), split.labelled(2, 1)]
-    assert (dataset.preprocessed / "splits_final.json").read_text() == "[]"
+    assert (dataset.preprocessed / "splits_final.json").read_text(encoding="utf-8") == "[]"
 
 
 def test_plans_that_have_changed(dataset, split, tmp_path):

@@ -74,7 +74,7 @@ def test_all_parts_of_two_checkpoints(dataset, checkpoint, tmp_path, capsys):
     parts = ("spectrum", "invariance", "similarity", "voxels", "neighbours")
     assert made == {*(f"{p}.png" for p in parts), "index.html", "results.json", "neighbours.csv"}
     assert "index.html" in capsys.readouterr().out
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert results["cases"] == ["case_3", "case_2", "case_4"] and results["unseen_cases"]
     for part in parts:
         assert list(results[part]) == ["first", "second", "scratch"]
@@ -89,16 +89,16 @@ def test_all_parts_of_two_checkpoints(dataset, checkpoint, tmp_path, capsys):
     }
     assert {r["label"] for r in rows} <= {"background", "liver", "spleen"}
     assert all(float(r["z_mm"]) == pytest.approx(1.5 * float(r["z"]), abs=0.1) for r in rows)
-    page = (output / "index.html").read_text()
+    page = (output / "index.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 5 and "validation cases" in page and "Outlined: liver" in page
 
     # Again: the same numbers, and what this run does not make is gone.
     assert main([*command, "--parts", "spectrum"]) == 0
     assert {f.name for f in output.iterdir()} == {"spectrum.png", "index.html", "results.json"}
-    again = json.loads((output / "results.json").read_text())
+    again = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert set(again["spectrum"]) == {"first", "second", "scratch"}
     assert main([*command, "--parts", "spectrum"]) == 0
-    assert json.loads((output / "results.json").read_text()) == again
+    assert json.loads((output / "results.json").read_text(encoding="utf-8")) == again
 
 
 def test_unlabelled_cases_and_an_encoder_alone(dataset, checkpoint, tmp_path, tiny_dataset_json):
@@ -108,10 +108,10 @@ def test_unlabelled_cases_and_an_encoder_alone(dataset, checkpoint, tmp_path, ti
     output = tmp_path / "out"
     arguments = [checkpoint(method=method), "-d", "801", "-o", str(output), "--no-scratch", "--parts", "voxels"]
     assert main(["inspect", *arguments, *SMALL, "--cases", "2"]) == 0
-    results = json.loads((output / "results.json").read_text())
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     assert results["checkpoints"]["VoCo"]["voxels"] == "features of the encoder"
     assert list(results["voxels"]) == ["VoCo"] and len(results["cases"]) == 2 and not results["unseen_cases"]
-    page = (output / "index.html").read_text()
+    page = (output / "index.html").read_text(encoding="utf-8")
     assert "may have been trained on" in page and "octant of the body" in page
 
 
@@ -278,7 +278,7 @@ def test_a_folder_of_something_else_is_left_alone(dataset, checkpoint, tmp_path,
     (folder / "results.json").write_text('{"made_by": "something else"}')
     message = refused(capsys, checkpoint(), "-d", "801", "-o", str(folder))
     assert "no results of nnssl_stc3d inspect" in message and "--overwrite" in message
-    assert (folder / "results.json").read_text() == '{"made_by": "something else"}'
+    assert (folder / "results.json").read_text(encoding="utf-8") == '{"made_by": "something else"}'
 
 
 def test_only_what_an_inspection_lists_is_removed(tmp_path):
