@@ -87,8 +87,9 @@ def test_from_a_folder_of_scans_to_a_prediction(workspace, prepared, tmp_path):
         "nnUNetv2_preprocess", "-d", 905, "-plans_name", aligned, "-c", "3d_fullres", "-np", 1, nnUNet_n_proc_DA="1"
     ).ok()
     pretrained = workspace.train(DATASET, "all", "OneStepPretrainTrainer", aligned).ok()
+    # A fold that no other test trains.
     finetuned = workspace.train(
-        target, 0, "ShortFinetuneTrainer", plans, "-pretrained_weights", pretrained.folder / "checkpoint_final.pth"
+        target, 1, "ShortFinetuneTrainer", plans, "-pretrained_weights", pretrained.folder / "checkpoint_final.pth"
     ).ok()
     log = next(finetuned.folder.glob("training_log_*")).read_text(encoding="utf-8")
     assert "1 -> 2" in log, log[-3000:]
@@ -97,7 +98,7 @@ def test_from_a_folder_of_scans_to_a_prediction(workspace, prepared, tmp_path):
     (tmp_path / "in").mkdir()
     for image in images:
         (tmp_path / "in" / image.name).symlink_to(image)
-    workspace.predict(target, 0, "ShortFinetuneTrainer", plans, tmp_path / "in", tmp_path / "out").ok()
+    workspace.predict(target, 1, "ShortFinetuneTrainer", plans, tmp_path / "in", tmp_path / "out").ok()
     (prediction,) = (tmp_path / "out").glob("*.nii.gz")
     predicted, image = sitk.ReadImage(str(prediction)), sitk.ReadImage(str(images[0]))
     assert predicted.GetSize() == image.GetSize() and predicted.GetSpacing() == image.GetSpacing()
