@@ -64,9 +64,12 @@ def read_perturbed_dice(runs: Sequence[Run], settings: Settings) -> dict[tuple[s
             groups.setdefault((run.perturbation, run.level), []).append(run)
     found: dict[tuple[str, str], list[Result]] = {}
     for (perturbation, level), members in groups.items():
-        results = read_dice([run.finetuning for run in members], members[0].settings(settings))
+        finetunings = [run.finetuning for run in members]
+        results = read_dice(finetunings, members[0].settings(settings))
         if results:
-            found.setdefault((perturbation, "none"), read_dice([run.finetuning for run in members], settings))
+            # Every level has the same unperturbed cases, which are read once.
+            if (perturbation, "none") not in found:
+                found[perturbation, "none"] = read_dice(finetunings, settings)
             found[perturbation, level] = results
     return found
 

@@ -148,9 +148,7 @@ class Finetuning:
         train = ["nnUNetv2_train", target.number, target.configuration, str(fold), *common]
         train += ["-device", settings.device]
         model = settings.workspace.results(self.start) / target.name / self._model(settings) / f"fold_{fold}"
-        if (model / "checkpoint_latest.pth").is_file():
-            train += ["--c"]
-        elif self.pretraining:
+        if self.pretraining:
             train += ["-pretrained_weights", str(self.pretraining.checkpoint(settings))]
         images, labels = settings.workspace.cases(settings.cases)
         output = self.predictions(settings)
