@@ -21,7 +21,7 @@ from nnssl_stc3d.methods.base import (
     positive,
     three_positive,
 )
-from nnssl_stc3d.modules.feature_pyramid import decoder_features, encoder_channels
+from nnssl_stc3d.modules.feature_pyramid import PYRAMIDS, encoder_channels, pyramid_channels, pyramid_maps
 from nnssl_stc3d.modules.heads import Projector, pooled_descriptor, sample_features
 from nnssl_stc3d.views.geometry import normalised_points
 from nnssl_stc3d.views.region_sampler import RegionSampler
@@ -54,7 +54,9 @@ class STC3DConfig(PretrainConfig):
         bins: spatial bins of the pooled descriptor; (1, 1, 1) is global average pooling.
         projector_hidden: width of the projector's hidden layers.
         projector_dim: width of the embedding.
-        dense_weight: of L_dense, voxel-level InfoNCE over the decoder's pyramid; above 0 the decoder is trained too.
+        dense_weight: of L_dense, voxel-level InfoNCE over the pyramid of the network.
+        dense_pyramid: which maps a voxel is read from: "both" the stages of encoder and decoder, "decoder" the
+            bottleneck and the decoder's stages, "encoder" the encoder's stages and leaves the decoder untrained.
         dense_points: corresponding points for each pair of views.
         dense_temperature: tau of L_dense.
         dense_negatives: "batch" takes the points of all volumes as negatives, "volume" those of the same volume only,
@@ -83,6 +85,7 @@ class STC3DConfig(PretrainConfig):
     projector_hidden: int = 512
     projector_dim: int = 128
     dense_weight: float = 1.0
+    dense_pyramid: str = "decoder"
     dense_points: int = 64
     dense_temperature: float = 0.1
     dense_negatives: str = "batch"
@@ -97,6 +100,7 @@ class STC3DConfig(PretrainConfig):
             reg_form=REGULARISERS,
             info_nce_on=("views", "bins"),
             descriptor_stages=("encoder", "bottleneck"),
+            dense_pyramid=PYRAMIDS,
             dense_negatives=("batch", "volume"),
         )
         positive(self, "base_scale", "regions", "temperature", "projector_hidden", "projector_dim", "dense_points")
@@ -143,8 +147,10 @@ class STC3D(PretrainMethod):
         if per_bin:
             self.bin_projector = Projector(pooled, config.projector_hidden, config.projector_dim)
         if config.dense_weight > 0:
-            self.transfers = ("encoder", "decoder")
-            self.dense_projector = Projector(sum(channels), config.dense_dim, config.dense_dim, affine=True)
+            if config.dense_pyramid != "encoder":
+                self.transfers = ("encoder", "decoder")
+            width = pyramid_channels(network, config.dense_pyramid)
+            self.dense_projector = Projector(width, config.dense_dim, config.dense_dim, affine=True)
 
     @property
     def _describes_views(self) -> bool:
@@ -202,7 +208,7 @@ class STC3D(PretrainMethod):
             terms["info_nce"] = info_nce(first, second, config.temperature)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         if config.dense_weight > 0:
-            maps = [moved[-1], *decoder_features(self.network.decoder, moved)]
+            maps = pyramid_maps(self.network, moved, config.dense_pyramid)
             first, second = self._at_points(maps, self.dense_projector, batch, "points")
             groups = _volumes(batch.targets["points_inside"]) if config.dense_negatives == "volume" else None
             terms["dense"] = info_nce(first, second, config.dense_temperature, groups)
@@ -224,8 +230,7 @@ class STC3D(PretrainMethod):
 
     def voxel_maps(self, images: Tensor) -> list[Tensor]:
         """See :meth:`PretrainMethod.voxel_maps`."""
-        skips = self.network.encoder(images)
-        return [skips[-1], *decoder_features(self.network.decoder, skips)]
+        return pyramid_maps(self.network, self.network.encoder(images), self.config.dense_pyramid)
 
     def _regulariser(self, bases: Tensor, views: Tensor, overlap: Tensor) -> Tensor:
         if self.config.reg_form == "discrepancy":

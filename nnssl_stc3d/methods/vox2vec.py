@@ -19,7 +19,7 @@ from nnssl_stc3d.methods.base import (
     choices,
     positive,
 )
-from nnssl_stc3d.modules.feature_pyramid import decoder_features, encoder_channels
+from nnssl_stc3d.modules.feature_pyramid import PYRAMIDS, pyramid_channels, pyramid_maps
 from nnssl_stc3d.modules.fpn import VoxelFPN
 from nnssl_stc3d.modules.heads import Projector, sample_features
 from nnssl_stc3d.views.geometry import normalised_points
@@ -72,7 +72,7 @@ class Vox2VecConfig(PretrainConfig):
         choices(
             self,
             network=("any", "fpn"),
-            pyramid=("decoder", "encoder", "both"),
+            pyramid=PYRAMIDS,
             reading=("trilinear", "nearest"),
             loss_form=INFO_NCE_FORMS,
         )
@@ -104,11 +104,8 @@ class Vox2Vec(PretrainMethod):
 
     def __init__(self, network: nn.Module, config: Vox2VecConfig) -> None:
         super().__init__(network, config)
-        channels = encoder_channels(network)
-        width = {"encoder": sum(channels), "decoder": sum(channels), "both": sum(channels) + sum(channels[:-1])}
-        self.head = Projector(
-            width[config.pyramid], config.head_hidden or width[config.pyramid], config.head_dim, affine=True
-        )
+        width = pyramid_channels(network, config.pyramid)
+        self.head = Projector(width, config.head_hidden or width, config.head_dim, affine=True)
         self.transfers = ("encoder",) if config.pyramid == "encoder" else ("encoder", "decoder")
 
     @classmethod
@@ -165,11 +162,7 @@ class Vox2Vec(PretrainMethod):
 
     def voxel_maps(self, images: Tensor) -> list[Tensor]:
         """See :meth:`PretrainMethod.voxel_maps`."""
-        skips = self.network.encoder(images)
-        maps = list(skips) if self.config.pyramid in ("encoder", "both") else [skips[-1]]
-        if self.config.pyramid in ("decoder", "both"):
-            maps += decoder_features(self.network.decoder, skips)
-        return maps
+        return pyramid_maps(self.network, self.network.encoder(images), self.config.pyramid)
 
     def _descriptors(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
         """The pyramid at the voxels that both views of a pair see, twice ``(N, C)``."""

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+PYRAMIDS = ("decoder", "encoder", "both")
+"""What a voxel may be read from: the bottleneck and the decoder's stages, the encoder's stages, or all stages."""
+
 
 def check_unet(network: nn.Module, who: str = "pretraining") -> None:
     """Refuse networks that have no encoder and decoder of dynamic-network-architectures' U-Nets.
@@ -54,3 +57,24 @@ def decoder_features(decoder: Any, skips: Sequence[Tensor]) -> list[Tensor]:
         below = stage(torch.cat((upsample(below), skip), dim=1))
         features.append(below)
     return features
+
+
+def pyramid_channels(network: Any, pyramid: str) -> int:
+    """Channels of a voxel that is read from every map of :func:`pyramid_maps`."""
+    channels = encoder_channels(network)
+    return sum(channels) + (sum(channels[:-1]) if pyramid == "both" else 0)
+
+
+def pyramid_maps(network: Any, skips: Sequence[Tensor], pyramid: str) -> list[Tensor]:
+    """The feature maps of a pyramid.
+
+    Args:
+        network: a U-Net; its decoder is run only where the pyramid has it.
+        skips: the encoder's stages, highest resolution first.
+        pyramid: one of :data:`PYRAMIDS`.
+
+    Returns:
+        The encoder's maps, highest resolution first, then the decoder's, lowest resolution first.
+    """
+    maps = [skips[-1]] if pyramid == "decoder" else list(skips)
+    return maps if pyramid == "encoder" else maps + decoder_features(network.decoder, skips)

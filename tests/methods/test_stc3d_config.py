@@ -18,6 +18,7 @@ ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "de
         ({"reg_form": "eq10"}, "reg_form must be one of 'discrepancy', 'overlap_weighted', 'eq12', got 'eq10'"),
         ({"info_nce_on": "voxels"}, "info_nce_on must be one of 'views', 'bins', got 'voxels'"),
         ({"descriptor_stages": "decoder"}, "descriptor_stages must be one of 'encoder', 'bottleneck', got 'decoder'"),
+        ({"dense_pyramid": "all"}, "dense_pyramid must be one of 'decoder', 'encoder', 'both', got 'all'"),
         ({"dense_negatives": "region"}, "dense_negatives must be one of 'batch', 'volume', got 'region'"),
         ({"temperature": 0}, "temperature must be positive, got 0"),
         ({"dense_temperature": -1}, "dense_temperature must be positive, got -1"),

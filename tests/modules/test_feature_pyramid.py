@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl_stc3d.modules.feature_pyramid import check_unet, decoder_features, encoder_channels, total_stride
+from nnssl_stc3d.modules.feature_pyramid import (
+    PYRAMIDS,
+    check_unet,
+    decoder_features,
+    encoder_channels,
+    pyramid_channels,
+    pyramid_maps,
+    total_stride,
+)
 
 
 @pytest.fixture
@@ -32,6 +40,18 @@ def test_decoder_features_have_the_channels_of_the_encoder(network):
     features = decoder_features(network.decoder, skips)
     assert [f.shape for f in features] == [s.shape for s in reversed(skips[:-1])]
     assert encoder_channels(network) == [s.shape[1] for s in skips] == [4, 8, 8]
+
+
+@pytest.mark.parametrize("pyramid", PYRAMIDS)
+def test_pyramids_have_the_maps_they_name(network, pyramid):
+    skips = network.encoder(torch.randn(1, 2, 8, 16, 16))
+    up = decoder_features(network.decoder, skips)
+    expected = {"encoder": skips, "decoder": [skips[-1], *up], "both": [*skips, *up]}[pyramid]
+    maps = pyramid_maps(network, skips, pyramid)
+    assert len(maps) == len(expected)
+    for one, other in zip(maps, expected):
+        torch.testing.assert_close(one, other)
+    assert pyramid_channels(network, pyramid) == sum(m.shape[1] for m in maps)
 
 
 def test_total_stride_is_what_the_bottleneck_shows(network):
