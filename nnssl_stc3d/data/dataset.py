@@ -72,10 +72,14 @@ class CaseDataset:
             raise ValueError(_unusable([f"{identifier} holds NaN or infinite values"]))
         return image
 
-    def check(self, progress: bool = True) -> None:
+    def check(self, view_shape: Sequence[int], progress: bool = True) -> None:
         """Look at all cases before anything long starts.
 
         Up to 2 GiB of data are read in full, larger data sets in the three central planes of every case.
+
+        Args:
+            view_shape: ``(Z, Y, X)`` of the views that will be drawn.
+            progress: show a bar.
 
         Raises:
             ValueError: naming every case that is too small, not finite or constant.
@@ -85,7 +89,7 @@ class CaseDataset:
         problems = []
         for identifier, array in tqdm(arrays.items(), desc="checking cases", disable=not progress, leave=False):
             try:
-                check_volume(array.shape[1:])
+                check_volume(array.shape[1:], view_shape)
             except ValueError as error:
                 problems.append(f"{identifier}: {error}")
                 continue

@@ -177,8 +177,6 @@ class PretrainTrainer(nnUNetTrainer):
         """Training batches from the current epoch on, and the fixed batches of the validation."""
         training, validation = self._datasets()
         if self.local_rank == 0:
-            used = {*training.cases.identifiers, *validation.cases.identifiers}
-            CaseDataset(self.preprocessed_dataset_folder, sorted(used)).check()
             sample, names = training.preview(0)
             n_bases = getattr(training.sampler, "n_bases", 0)
             plot_views(
@@ -199,7 +197,10 @@ class PretrainTrainer(nnUNetTrainer):
         sampler = self.method_class.view_sampler(
             self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
         )
-        guides = self._guides(sampler, sorted({*training_keys, *validation_keys})) if sampler.guided else None
+        used = sorted({*training_keys, *validation_keys})
+        if self.local_rank == 0:
+            CaseDataset(self.preprocessed_dataset_folder, used).check(sampler.view_shape)
+        guides = self._guides(sampler, used) if sampler.guided else None
         training, validation = (
             ViewDataset(
                 CaseDataset(self.preprocessed_dataset_folder, keys),

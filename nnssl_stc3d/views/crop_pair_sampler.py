@@ -75,7 +75,7 @@ class CropPairSampler(ViewSampler):
         ``targets``: ``matched`` bool, features and not the place in the body decided.
         """
         for shape in shapes:
-            check_volume(shape)
+            check_volume(shape, self.view_shape)
         guides = guides or [Guide.everywhere(shape) for shape in shapes]
         points, matched = self._correspond(guides[0], guides[1], rng)
         view = np.asarray(self.view_shape, dtype=float)

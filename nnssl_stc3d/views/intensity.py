@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.intensity.contrast import BGContrast, ContrastTransform
@@ -16,6 +17,9 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
+
+# A blur of at most 1 voxel mirrors 3 voxels at the ends of an axis, and they have to be there.
+_LEAST_LENGTH = 4
 
 
 def intensity_transforms(strength: float) -> BasicTransform | None:
@@ -69,6 +73,8 @@ def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
 def augment_views(views: Tensor, transform: BasicTransform | None, rng: np.random.Generator) -> Tensor:
     """Augment each view on its own: an augmentation of the whole volume would be shared by overlapping views.
 
+    Views of fewer than 4 voxels along an axis are continued with their last slice for as long as it takes.
+
     Args:
         views: ``(V, C, Z, Y, X)``.
         transform: from :func:`intensity_transforms`.
@@ -79,5 +85,10 @@ def augment_views(views: Tensor, transform: BasicTransform | None, rng: np.rando
     """
     if transform is None:
         return views
+    z, y, x = views.shape[2:]
+    if min(z, y, x) < _LEAST_LENGTH:
+        more_z, more_y, more_x = (max(0, _LEAST_LENGTH - n) for n in (z, y, x))
+        views = F.pad(views, (0, more_x, 0, more_y, 0, more_z), mode="replicate")
     with seeded_globals(rng):
-        return torch.stack([transform(image=view)["image"] for view in views])
+        augmented = torch.stack([transform(image=view)["image"] for view in views])
+    return augmented[..., :z, :y, :x]

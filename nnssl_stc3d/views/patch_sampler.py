@@ -66,7 +66,7 @@ class PatchSampler(ViewSampler):
         """See :meth:`ViewSampler.sample`."""
         del guides
         (shape,) = shapes
-        check_volume(shape)
+        check_volume(shape, self.view_shape)
         view, volume = np.asarray(self.view_shape, dtype=float), np.asarray(shape, dtype=float)
         shrink = min(1.0, float((volume / view).max()) / _SMALLEST_ROOM)
         extent = fit_extent(view * shrink, volume)

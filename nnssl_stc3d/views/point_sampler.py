@@ -63,7 +63,7 @@ class PointPairSampler(ViewSampler):
         ``(pairs, P)``: the first of the ``P`` points exist.
         """
         (shape,) = shapes
-        check_volume(shape)
+        check_volume(shape, self.view_shape)
         guide = guides[0] if guides else Guide.everywhere(shape)
         centers: list[np.ndarray] = []
         matrices: list[np.ndarray] = []

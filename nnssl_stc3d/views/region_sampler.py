@@ -84,7 +84,7 @@ class RegionSampler(ViewSampler):
         """See :meth:`ViewSampler.sample`."""
         del guides
         (shape,) = shapes
-        check_volume(shape)
+        check_volume(shape, self.view_shape)
         view, volume = np.asarray(self.view_shape, dtype=float), np.asarray(shape, dtype=float)
         grid = self.grid or (1, 1, 1)
         size = volume

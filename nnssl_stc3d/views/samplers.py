@@ -17,8 +17,9 @@ from nnssl_stc3d.views.geometry import bounding_half_extent, overlap_fraction
 from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.spec import ViewSpecs
 
-MIN_VOLUME = 16
-"""Volumes below this many voxels along an axis are refused: a view would be mostly interpolation."""
+# A volume of half a view's length is shown magnified by 2, which samplers can still do alike along all axes. For large
+# views less than half is enough, and for the smallest ones a volume is asked for all the same.
+_ENOUGH, _LEAST = 16, 4
 
 _MAX_DRAWS = 8
 # nnU-Net augments in-plane only ("dummy 2D") when the patch is longer than 3 times its first axis.
@@ -113,7 +114,7 @@ class ViewSampler(ABC):
             guides: of the same volumes, if ``guided``.
 
         Raises:
-            ValueError: if a volume is smaller than 16 voxels along an axis.
+            ValueError: if a volume is smaller than :func:`least_volume` along an axis.
         """
 
     def targets(self, specs: ViewSpecs, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -127,10 +128,31 @@ def is_anisotropic(patch_size: Sequence[int]) -> bool:
     return max(patch_size) / patch_size[0] > _ANISOTROPY_THRESHOLD
 
 
-def check_volume(shape: Sequence[int]) -> None:
-    """Refuse volumes that are too small to look into."""
-    if len(shape) != 3 or min(shape) < MIN_VOLUME:
-        raise ValueError(f"volumes need at least {MIN_VOLUME} voxels along each of 3 axes, got shape {tuple(shape)}")
+def least_volume(view_shape: Sequence[int]) -> tuple[int, int, int]:
+    """Voxels ``(Z, Y, X)`` that a volume needs: half of the view along each axis, but at least 4 and no more than 16.
+
+    Anything smaller would be mostly interpolation in its views.
+    """
+    z, y, x = (min(_ENOUGH, max(_LEAST, ceil(n / 2))) for n in view_shape)
+    return z, y, x
+
+
+def check_volume(shape: Sequence[int], view_shape: Sequence[int]) -> None:
+    """Refuse volumes that are too small to look into.
+
+    Args:
+        shape: ``(Z, Y, X)`` of the volume.
+        view_shape: ``(Z, Y, X)`` of the views.
+
+    Raises:
+        ValueError: if the volume is smaller than :func:`least_volume` along an axis.
+    """
+    least = least_volume(view_shape)
+    if len(shape) != 3 or any(n < m for n, m in zip(shape, least)):
+        raise ValueError(
+            f"volumes need at least {least} voxels (z, y, x) to be shown in views of {tuple(view_shape)}, got shape "
+            f"{tuple(shape)}. Leave it out, or use plans with a finer spacing or a smaller patch along the short axis."
+        )
 
 
 def place_window(shape: Sequence[int], size: np.ndarray, placement: str, rng: np.random.Generator) -> np.ndarray:

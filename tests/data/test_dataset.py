@@ -10,6 +10,8 @@ import pytest
 
 from nnssl_stc3d.data.dataset import CaseDataset
 
+VIEW = (32, 32, 32)
+
 
 def test_missing_folder_names_the_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*case_0.*nnUNetv2_plan_and_preprocess"):
@@ -89,7 +91,7 @@ def test_reading_what_is_not_finite_names_the_case(folder, write, value):
 
 
 def test_check_accepts_good_cases(folder):
-    CaseDataset(folder, CaseDataset.list_identifiers(folder)).check(progress=False)
+    CaseDataset(folder, CaseDataset.list_identifiers(folder)).check(VIEW, progress=False)
 
 
 def test_check_names_every_unusable_case_at_once(folder, write):
@@ -101,18 +103,27 @@ def test_check_names_every_unusable_case_at_once(folder, write):
     write(folder, "thin", good[:, :15])
     cases = CaseDataset(folder, ["case_0", "hidden_nan", "flat", "thin"])
     with pytest.raises(ValueError) as error:
-        cases.check(progress=False)
+        cases.check(VIEW, progress=False)
     message = str(error.value)
     assert message.startswith("3 case(s)")
     assert "hidden_nan holds NaN" in message
     assert "flat is constant" in message
-    assert "thin: volumes need at least 16 voxels" in message and "(15, 20, 20)" in message
+    assert "thin: volumes need at least (16, 16, 16) voxels" in message and "(15, 20, 20)" in message
     assert "case_0" not in message
 
 
 def test_a_volume_of_16_voxels_is_accepted(tmp_path, write):
     write(tmp_path, "smallest", np.random.default_rng(0).normal(size=(1, 16, 16, 16)))
-    CaseDataset(tmp_path, ["smallest"]).check(progress=False)
+    CaseDataset(tmp_path, ["smallest"]).check(VIEW, progress=False)
+
+
+def test_a_flat_volume_is_accepted_for_flat_views(folder, write):
+    """The folder holds volumes that are larger along every axis."""
+    write(folder, "thick_slices", np.random.default_rng(0).normal(size=(1, 8, 20, 20)))
+    cases = CaseDataset(folder, ["case_0", "thick_slices"])
+    cases.check((16, 32, 32), progress=False)
+    with pytest.raises(ValueError, match=r"(?s)^1 case.*thick_slices.*\(9, 16, 16\) voxels .*\(18, 32, 32\)"):
+        cases.check((18, 32, 32), progress=False)
 
 
 def test_large_data_are_checked_in_central_planes(tmp_path, write, monkeypatch):
@@ -122,7 +133,7 @@ def test_large_data_are_checked_in_central_planes(tmp_path, write, monkeypatch):
     write(tmp_path, "nan", image)
     write(tmp_path, "flat", np.zeros((1, 20, 20, 20)))
     with pytest.raises(ValueError, match=r"(?s)flat is constant.*nan holds NaN"):
-        CaseDataset(tmp_path, ["nan", "flat"]).check(progress=False)
+        CaseDataset(tmp_path, ["nan", "flat"]).check(VIEW, progress=False)
 
 
 def test_pickles_without_open_files(folder):

@@ -124,8 +124,8 @@ def test_target_views_are_transformed_and_online_views_are_not():
 
 
 def test_a_volume_that_is_too_small():
-    with pytest.raises(ValueError, match=r"at least 16 voxels.*\(15, 40, 40\)"):
-        sampler().sample([(32, 40, 44), (15, 40, 40)], np.random.default_rng(0))
+    with pytest.raises(ValueError, match=r"at least \(4, 4, 6\) voxels.*\(3, 40, 40\)"):
+        sampler().sample([(32, 40, 44), (3, 40, 40)], np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -32,6 +32,15 @@ def test_shape_type_and_finiteness_are_kept():
         assert result.shape == views.shape and result.dtype == views.dtype and result.isfinite().all()
 
 
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_views_of_a_few_slices_keep_their_shape_and_are_augmented(slices):
+    """A blur of the whole view needs more voxels than these have."""
+    views = example_views()[:, :, :slices]
+    for seed in range(20):
+        result = augment_views(views.clone(), intensity_transforms(3), np.random.default_rng(seed))
+        assert result.shape == views.shape and result.isfinite().all() and not torch.equal(result, views)
+
+
 def test_equal_views_are_augmented_differently():
     """Otherwise views that overlap could be recognised by their noise."""
     views = example_views(1).expand(8, -1, -1, -1, -1).clone()

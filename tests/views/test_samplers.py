@@ -16,6 +16,7 @@ from nnssl_stc3d.views.samplers import (
     controlled_view,
     grid_cells,
     is_anisotropic,
+    least_volume,
     place_window,
     to_sampled,
     transformation,
@@ -253,7 +254,28 @@ def test_dummy_2d_rule(patch_size, expected):
     assert is_anisotropic(patch_size) == expected
 
 
-@pytest.mark.parametrize("shape", [(15, 64, 64), (64, 64, 3), (64, 64)])
-def test_small_volumes_are_refused_with_their_shape(shape):
-    with pytest.raises(ValueError, match=r"at least 16 voxels along each of 3 axes, got shape \(" + str(shape[0])):
-        check_volume(shape)
+@pytest.mark.parametrize(
+    ("view", "least"),
+    [
+        ((64, 64, 64), (16, 16, 16)),
+        ((96, 33, 32), (16, 16, 16)),
+        ((31, 30, 29), (16, 15, 15)),
+        ((16, 64, 64), (8, 16, 16)),
+        ((14, 9, 8), (7, 5, 4)),
+        ((4, 2, 1), (4, 4, 4)),
+    ],
+)
+def test_a_volume_needs_half_of_a_view_but_no_more_than_16_voxels(view, least):
+    assert least_volume(view) == least
+    check_volume(least, view)
+    for axis in range(3):
+        shape = tuple(n - (a == axis) for a, n in enumerate(least))
+        with pytest.raises(
+            ValueError, match=rf"at least \({least[0]}, .*views of \({view[0]}, .*\({shape[0]}, .*finer"
+        ):
+            check_volume(shape, view)
+
+
+def test_a_slice_is_no_volume():
+    with pytest.raises(ValueError, match=r"got shape \(64, 64\)"):
+        check_volume((64, 64), (4, 32, 32))

@@ -84,7 +84,7 @@ def inspect_checkpoints(request: Request, options: InspectOptions, progress: boo
     # Voxels are embedded as a prediction would see them.
     z, y, x = (int(n) for n in configuration.patch_size)
     window = (z, y, x)
-    chosen, cases = _cases(request, options, checkpoints, dataset_json)
+    chosen, cases = _cases(request, options, checkpoints, dataset_json, view_shape)
 
     make: list[Callable[[], Model]] = [
         partial(load_model, checkpoint, name, str(file), view_shape, window, device, options.pyramid, options.embedding)
@@ -140,7 +140,11 @@ def model_names(checkpoints: Sequence[dict[str, Any]], given: Sequence[str] | No
 
 
 def _cases(
-    request: Request, options: InspectOptions, checkpoints: Sequence[dict[str, Any]], dataset_json: dict[str, Any]
+    request: Request,
+    options: InspectOptions,
+    checkpoints: Sequence[dict[str, Any]],
+    dataset_json: dict[str, Any],
+    view_shape: tuple[int, int, int],
 ) -> tuple[Chosen, InspectedCases]:
     """The cases to look at; they are there, finite and large enough, and hold the point."""
     resolved = PlansManager(request.plans).get_configuration(request.configuration)
@@ -156,7 +160,7 @@ def _cases(
     rule = BodyRule.of_plan(request.plans, resolved.configuration)
     if point is not None:
         point.voxel(rule.spacing, images.shape(point.case))
-    images.check(progress=False)
+    images.check(view_shape, progress=False)
     labels = anatomical_labels(dataset_json)
     if not all(label_file(folder, name).is_file() for name in chosen.identifiers):
         labels = {}
