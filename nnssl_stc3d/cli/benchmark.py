@@ -8,19 +8,19 @@ import signal
 import sys
 from pathlib import Path
 
-from nnssl_stc3d.cli.datasets import find_dataset_folder, preprocessed_folder
+from nnssl_stc3d.cli.datasets import environment_folder, find_dataset_folder, preprocessed_folder
 from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, SCRATCH
 from nnssl_stc3d.evaluation.benchmark.perturb import STRENGTHS
 
 DESCRIPTION = """\
 Compares pretraining methods with training from scratch when few cases are labelled. Test cases are drawn first; no
 pretraining and no finetuning sees them. Every method is pretrained once for each seed under one budget and finetuned
-with nested draws of labelled cases; scratch runs have the same plans, schedule, steps, cases and seeds. Finished runs
-are kept, so the same command continues after an interruption, and more methods, labels or seeds extend a benchmark.
+with nested draws of labelled cases; scratch runs have the same plans, schedule, steps, cases and seeds. The same
+command continues after an interruption, and more methods, labels or seeds extend a benchmark.
 
-The dataset has to be planned and preprocessed; its own folders are only read. Without --pretrain-dataset the
-pretraining sees the images of the dataset's own development cases. Choices (options, methods) are made with
---cases validation, as --ablation does by itself.
+The dataset has to be planned and preprocessed, and its images have to be in nnUNet_raw; these folders are only read.
+Without --pretrain-dataset the pretraining sees the images of the dataset's own development cases. Choices (options,
+methods) are made with --cases validation, as --ablation does by itself.
 
   nnssl_stc3d benchmark -d 4 --methods scratch,stc3d,voco --labels 10,20 --seeds 5 --budget 30min -o BENCHMARK
   nnssl_stc3d benchmark -d 4 --ablation regulariser --labels 10 --seeds 5 --budget 30min -o BENCHMARK
@@ -36,9 +36,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("-o", dest="output", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("-c", dest="configuration", default="3d_fullres", help="configuration (default: %(default)s)")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: %(default)s)")
-    methods_help = f"of {', '.join([SCRATCH, *METHODS])} (default: %(default)s)"
+    methods_help = f"of {','.join([SCRATCH, *METHODS])} and the variants of ablations (default: %(default)s)"
     compared = parser.add_mutually_exclusive_group()
-    compared.add_argument("--methods", default="scratch,stc3d", help=methods_help)
+    compared.add_argument("--methods", default="scratch,stc3d", metavar="NAMES", help=methods_help)
     compared.add_argument(
         "--ablation", choices=ABLATIONS, help="compare variants as the papers do, on validation cases"
     )
@@ -47,38 +47,67 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="change an option of a method, such as vox2vec.points=100",
     )  # fmt: skip
     parser.add_argument(
-        "--labels", default="5,10,20,100%", help="labelled cases, or shares of those that may be (default: %(default)s)"
+        "--labels",
+        default="5,10,20,100%",
+        metavar="COUNTS",
+        help="numbers of labelled cases, or percentages of those that are neither test nor validation cases (default: "
+        "%(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: %(default)s)")
-    parser.add_argument("--pretrain-dataset", help="pretrain on this dataset, with the same plans (see align-plans)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: %(default)s)")
     parser.add_argument(
-        "--budget", default="100000steps", help="of every pretraining: steps, or s, min, h (default: %(default)s)"
-    )
-    parser.add_argument("--finetuning", default="stc3d", help=f"schedules, of {','.join(SCHEDULES)} (default: stc3d)")
+        "--pretrain-dataset", metavar="DATASET",
+        help="pretrain on this dataset, with the same plans (see align-plans); it must not hold images of test cases",
+    )  # fmt: skip
     parser.add_argument(
-        "--finetuning-steps", type=int, default=25_000, help="of every finetuning (default: %(default)s)"
+        "--budget",
+        default="100000steps",
+        help="of every pretraining, such as 5000steps, 30min, 12h (default: %(default)s)",
     )
-    parser.add_argument("--test-cases", type=int, help="default: a quarter of the cases")
-    parser.add_argument("--validation-cases", type=int, help="default: a sixth of the cases")
-    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument(
+        "--finetuning", default="stc3d", metavar="NAMES", help=f"schedules, of {','.join(SCHEDULES)} (default: stc3d)"
+    )
+    parser.add_argument(
+        "--finetuning-steps", type=int, default=25_000, metavar="N", help="of every finetuning (default: %(default)s)"
+    )
+    parser.add_argument("--test-cases", type=int, metavar="N", help="default: a quarter of the cases")
+    parser.add_argument("--validation-cases", type=int, metavar="N", help="default: a sixth of the cases")
+    parser.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="another draw of these cases (default: 0)"
+    )
     parser.add_argument(
         "--cases", choices=["test", "validation"], help="what is predicted (default: test, validation for --ablation)"
     )
-    parser.add_argument("--reference", default=SCRATCH, help="compare the others with this one (default: scratch)")
     parser.add_argument(
-        "--robustness", default="", help=f"predict perturbed copies of the cases, too: {','.join(STRENGTHS)}"
+        "--reference", default=SCRATCH, metavar="NAME", help="compare the others with this one (default: scratch)"
+    )
+    parser.add_argument(
+        "--robustness",
+        default="",
+        metavar="NAMES",
+        help=f"predict perturbed copies of the cases, too: {','.join(STRENGTHS)}",
     )
     parser.add_argument(
         "--nsd-tolerance", type=float, default=1.0, metavar="MM",
         help="of normalised surface Dice, which needs MONAI; 0 leaves it out (default: %(default)s mm)",
     )  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], default="cuda", help="default: %(default)s")
     parser.add_argument("--gpus", default="", help="spread runs over these, such as 0,1")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, on each GPU (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0 leaves them to nnU-Net")
-    parser.add_argument("--workers", type=int, help="nnUNet_n_proc_DA (default: as it is set, else 0 on a CPU and 8)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs side by side, on each GPU (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads of a run; 0 leaves them to nnU-Net"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="loader workers of a run (default: nnUNet_n_proc_DA, else 0 on a CPU and 8)",
+    )
     parser.add_argument("--disable-tta", action="store_true", help="predict without mirroring")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and their cost, and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the runs and how long they are, and write nothing"
+    )
     return parser
 
 
@@ -88,9 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
     # What a scheduler sends ends the runs, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    raw = os.environ.get("nnUNet_raw")
-    if not raw or not Path(raw).is_dir():
-        raise ValueError(f"expected nnU-Net's folder of raw data in nnUNet_raw, got {raw!r}. Set the variable.")
+    raw = environment_folder("nnUNet_raw")
     workers = args.workers
     if workers is None:
         workers = int(os.environ.get("nnUNet_n_proc_DA", 0 if args.device == "cpu" else 8))
@@ -99,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         Options(
             output=args.output.resolve(),
             target=folder,
-            target_raw=find_dataset_folder(Path(raw), folder.name),
+            target_raw=find_dataset_folder(raw, folder.name),
             pretraining=preprocessed_folder(args.pretrain_dataset) if args.pretrain_dataset else None,
             configuration=args.configuration,
             plans=args.plans,

@@ -15,6 +15,8 @@ OPTIONS = [
     "-d", 901, "-p", PLANS, "--budget", "10steps", "--finetuning-steps", 10, "--test-cases", 2, "--validation-cases", 1,
     "--device", "cpu", "--threads", 1, "--jobs", 2, "--disable-tta",
 ]  # fmt: skip
+# Of a finetuning that is not finished.
+LATEST = "results/**/fold_[0-9]/checkpoint_latest.pth"
 COMPARED = ["--methods", "scratch,stc3d", "--labels", "1,2", "--seeds", 2]
 
 
@@ -25,25 +27,29 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def programs_of(folder: Path) -> str:
-    """Programs that still run and name a folder."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, encoding="utf-8", check=True).stdout
-    return "\n".join(line for line in listed.splitlines() if str(folder) in line and "pytest" not in line)
+    """Programs that still run with a folder among their arguments or in their environment."""
+    listed = subprocess.run(["ps", "axeww", "-o", "pid=,args="], capture_output=True, encoding="utf-8", check=True)
+    return "\n".join(line for line in listed.stdout.splitlines() if str(folder) in line)
 
 
 @pytest.fixture(scope="module")
 def benchmark(workspace, tmp_path_factory):
-    """The output folder after a run that was ended and repeated, and what was done at the first time."""
+    """The output folder after a run that was killed and repeated, and what was done at the first time."""
     output = tmp_path_factory.mktemp("benchmark")
     data = [workspace.root / "nnUNet_raw" / DATASET, workspace.preprocessed(DATASET)]
     before = [contents(folder) for folder in data]
     command = ["benchmark", *OPTIONS, *COMPARED, "-o", output]
     process = workspace.start("nnssl_stc3d", *command)
     until = time.monotonic() + 600
-    while not any(output.glob("predictions/**/summary.json")) and process.poll() is None and time.monotonic() < until:
+    while not all(any(output.glob(f)) for f in ("predictions/**/summary.json", LATEST)) and process.poll() is None:
+        assert time.monotonic() < until
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert not programs_of(output)
+    running = programs_of(output)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL and "nnUNetv2_train" in running
+    while programs_of(output):
+        assert time.monotonic() < until
+        time.sleep(0.2)
     finished = contents(output / "predictions")
     run = workspace.run("nnssl_stc3d", *command).ok()
     assert [contents(folder) for folder in data] == before, "the user's data and folds are only read"
@@ -57,6 +63,10 @@ def test_it_continues_where_it_was_ended(benchmark):
     after = contents(output / "predictions")
     assert all(after[name] == finished[name] for name in done)
     assert len(list(output.glob("predictions/**/summary.json"))) == 8
+    commands = (output / "commands.txt").read_text(encoding="utf-8").splitlines()
+    finetunings = [line for line in commands if "-tr STC3DFinetuneTrainer" in line and "nnUNetv2_train" in line]
+    assert any("--c" in line for line in finetunings)
+    assert not list(output.glob(LATEST)) and not list(output.glob("results/**/*.part"))
 
 
 def test_the_test_cases_are_seen_by_no_training(benchmark, workspace):

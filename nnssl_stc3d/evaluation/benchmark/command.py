@@ -14,8 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import surface_dice
-from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fixed_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.design import Budget, Split, draw_split, fixed_split, label_counts
 from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
+from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 from nnssl_stc3d.evaluation.benchmark.methods import (
     ABLATIONS,
     SCHEDULES,
@@ -90,36 +91,41 @@ def benchmark(options: Options) -> int:
     names = target.cases()
     test = options.test_cases or max(1, round(len(names) / 4))
     validation = options.validation_cases or max(1, round(len(names) / 6))
-    labels = label_counts(options.labels, len(draw_split(names, test, validation, options.split_seed).pool))
+    drawn = draw_split(names, test, validation, options.split_seed)
+    labels = label_counts(options.labels, len(drawn.pool))
     plan = partial(
         plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
     )
     if options.dry_run:
-        _print_plan(plan(steps=dict.fromkeys(methods, 0)), options, budget)
+        _print_plan(plan(steps=dict.fromkeys(methods, 0)), drawn, options, cases)
         return 0
-    split = fixed_split(options.output / "split.json", names, test, validation, options.split_seed)
-    workspace = Workspace(options.output)
-    workspace.link_datasets(target, split, pretraining)
-    settings = Settings(
-        workspace, target, pretraining or target, split, options.device, options.mirroring, cases,
-        options.finetuning_steps,
-    )  # fmt: skip
-    for perturbation, level in tqdm(perturbed, desc="perturbing cases", disable=not perturbed):
-        copies = workspace.cases(f"{cases}-{perturbation}-{level}")
-        write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
-    steps = _steps(methods, options, settings, budget)
-    workspace.write_trainers(steps, options.finetuning_steps)
-    runs = plan(steps=steps)
-    failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
-    folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
-    tolerance = options.tolerance if surface_dice.is_available() else 0.0
-    rows = write_report(runs, settings, _facts(options, settings, steps, budget), folder, tolerance, options.reference)
-    print(f"\n{markdown(rows, 'Dice')}\nWrote {folder / 'index.html'}")
-    if options.tolerance and not tolerance:
-        print(f"Left out: {surface_dice.MISSING}")
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    with held_alone(options.output):
+        split = fixed_split(options.output / "split.json", names, test, validation, options.split_seed)
+        workspace = Workspace(options.output)
+        workspace.link_datasets(target, split, pretraining)
+        settings = Settings(
+            workspace, target, pretraining or target, split, options.device, options.mirroring, cases,
+            options.finetuning_steps,
+        )  # fmt: skip
+        for perturbation, level in tqdm(perturbed, desc="perturbing cases", disable=not perturbed):
+            copies = workspace.cases(f"{cases}-{perturbation}-{level}")
+            write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
+        steps = _steps(methods, options, settings, budget)
+        workspace.write_trainers(steps, options.finetuning_steps)
+        runs = plan(steps=steps)
+        failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
+        # Before the report, which there is none of if all have failed.
+        for failure in failures:
+            print(failure, file=sys.stderr)
+        folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
+        tolerance = options.tolerance if surface_dice.is_available() else 0.0
+        rows = write_report(
+            runs, settings, _facts(options, settings, steps, budget), folder, tolerance, options.reference
+        )
+        print(f"\n{markdown(rows, 'Dice')}\nWrote {folder / 'index.html'}")
+        if options.tolerance and not tolerance:
+            print(f"Left out: {surface_dice.MISSING}")
+        return 1 if failures else 0
 
 
 def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
@@ -142,6 +148,10 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
         raise ValueError(f"--nsd-tolerance is a distance in mm, or 0 to leave it out, got {options.tolerance}")
     if options.finetuning_steps < EPOCHS or options.finetuning_steps % EPOCHS:
         raise ValueError(f"--finetuning-steps must be a multiple of {EPOCHS}, got {options.finetuning_steps}")
+    if options.pretraining == options.target:
+        raise ValueError(
+            "leave --pretrain-dataset out: its cases are those of -d, and test cases are not pretrained on"
+        )
     budget = Budget.parse(options.budget)
     if not budget.seconds and (budget.amount < EPOCHS or budget.amount % EPOCHS):
         raise ValueError(f"a budget in steps must be a multiple of {EPOCHS}, got {options.budget}")
@@ -194,21 +204,26 @@ def _seconds_per_step(method: Method, options: Options, settings: Settings) -> f
     return read_epoch_seconds(folder)[-1] / CALIBRATION_STEPS
 
 
-def _print_plan(runs: Sequence[Run], options: Options, budget: Budget) -> None:
+def _print_plan(runs: Sequence[Run], split: Split, options: Options, cases: str) -> None:
     """Prints the runs and what they cost."""
-    pretrainings = [run for run in runs if isinstance(run, Pretraining)]
-    finetunings = sum(isinstance(run, Finetuning) for run in runs)
+    sizes = f"{len(split.test)} test cases, {len(split.validation)} validation cases, {len(split.pool)} to label"
+    print(f"{options.target.name}: {sizes}; {cases} cases are predicted.\n")
     for run in runs:
-        print(f"{run.method.described()}, seed {run.seed}" if isinstance(run, Pretraining) else f"  {run.name}")
+        if isinstance(run, Pretraining):
+            print(f"seed {run.seed}: pretraining, {run.method.described()}")
+        elif isinstance(run, Finetuning):
+            print(f"seed {run.seed}: finetuning, {run.method}, {run.labels} labelled cases, schedule {run.schedule}")
+    kinds = (Pretraining, Finetuning, PerturbedPrediction)
+    pretrainings, finetunings, perturbed = (sum(isinstance(run, kind) for run in runs) for kind in kinds)
+    side_by_side = options.jobs * max(1, len(options.gpus))
     print(
-        f"\n{len(pretrainings)} pretrainings of {budget} each, {finetunings} finetunings of "
+        f"\n{pretrainings} pretrainings of {options.budget} each, {finetunings} finetunings of "
         f"{options.finetuning_steps} steps each ({options.finetuning_steps * finetunings} steps in all), "
-        f"{sum(isinstance(run, PerturbedPrediction) for run in runs)} predictions of perturbed cases; "
-        f"{options.jobs * max(1, len(options.gpus))} side by side."
+        f"{perturbed} predictions of perturbed cases; {side_by_side} side by side."
     )
+    budget = Budget.parse(options.budget)
     if budget.seconds:
-        hours = len(pretrainings) * budget.amount / 3600 / (options.jobs * max(1, len(options.gpus)))
-        print(f"The pretrainings take {hours:.2g} hours.")
+        print(f"The pretrainings take {pretrainings * budget.amount / 3600 / side_by_side:.2g} hours.")
 
 
 def _facts(options: Options, settings: Settings, steps: dict[Method, int], budget: Budget) -> dict[str, str]:

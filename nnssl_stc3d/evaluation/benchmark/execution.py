@@ -15,10 +15,11 @@ from time import time
 
 from tqdm import tqdm
 
+from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
 from nnssl_stc3d.evaluation.benchmark.runs import Run, Settings
 from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
-from nnssl_stc3d.evaluation.commands import end_program, find_program
+from nnssl_stc3d.evaluation.commands import end_program
 
 TAIL_LINES = 15
 # "seconds" and "joules" of a command.
@@ -44,17 +45,18 @@ class Programs:
             with self._lock:
                 if self._ended:
                     raise RuntimeError("interrupted")
-                # A session of its own, so that ending it ends its workers.
+                # A session of its own, so that ending it ends its workers, and a pipe that ends when this process does.
                 process = subprocess.Popen(
-                    words, env=dict(variables), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                    words, env=dict(variables), stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
                     text=True, start_new_session=True,
                 )  # fmt: skip
                 self._running.add(process)
-            try:
-                return process.wait()
-            finally:
-                with self._lock:
-                    self._running.discard(process)
+            # Leaving this closes the pipe, so that an interrupt while waiting ends the program.
+            with process:
+                code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+            return code
 
     def end(self) -> None:
         """Ends all programs; no other is started."""
@@ -66,7 +68,10 @@ class Programs:
 
 
 def cost_file(run: Run, settings: Settings) -> Path:
-    """Where is kept what a run's commands took: command -> {"seconds": ..., "joules": ... or null}."""
+    """Where is kept what a run's commands took: command -> {"seconds": ..., "joules": ... or null}.
+
+    What an interrupted command took is kept as "COMMAND, unfinished" until it is continued or begins again.
+    """
     return settings.workspace.root / "cost" / f"{run.name}-{settings.cases}.json"
 
 
@@ -80,7 +85,7 @@ def call(
     workers: int,
     gpu: str = "",
     programs: Programs | None = None,
-) -> float:
+) -> None:
     """Runs one command with its output in a log file, and notes it in commands.txt.
 
     Args:
@@ -88,14 +93,11 @@ def call(
         settings: of the benchmark.
         start: whose nnUNet_results it uses.
         log: receives its output.
-        seed: of a training.
+        seed: of a training's random numbers.
         threads: CPU threads, 0 for nnU-Net's own choice.
         workers: nnUNet_n_proc_DA.
         gpu: CUDA_VISIBLE_DEVICES, "" to leave it alone.
         programs: that may be ended together.
-
-    Returns:
-        Seconds that it took.
 
     Raises:
         RuntimeError: it failed; with the end of its output.
@@ -104,20 +106,14 @@ def call(
     line = shlex.join(words)
     with _COMMANDS_LOCK, open(settings.workspace.root / "commands.txt", "a", encoding="utf-8") as file:
         file.write(f"nnUNet_results={shlex.quote(str(settings.workspace.results(start)))} {line}\n")
-    if words[0] in ("nnUNetv2_train", "nnUNetv2_predict"):
-        module = "nnssl_stc3d.evaluation.benchmark.seeded"
-        program = [sys.executable, "-m", module, str(seed), str(threads), *words]
-    else:
-        program = [*find_program(words[0]), *words[1:]]
+    program = [sys.executable, "-m", seeded.__name__, seeded.WITH_PARENT, str(seed), str(threads), *words]
     variables = {**os.environ, **environment(settings.workspace, start, threads, workers)}
     if gpu:
         variables["CUDA_VISIBLE_DEVICES"] = gpu
-    begin = time()
     code = (programs or Programs()).run(program, variables, log)
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
         raise RuntimeError(f"{line}\nended with {code}. The end of {log}:\n{tail}")
-    return time() - begin
 
 
 def execute(
@@ -139,12 +135,17 @@ def execute(
     cost = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
-        before = gpu_joules(gpu) if metered else None
-        seconds = call(words, settings, run.start, log, run.seed, threads, workers, gpu, programs)
-        after = gpu_joules(gpu) if metered else None
-        joules = None if before is None or after is None else after - before
-        cost[words[0]] = _continued(cost.get(words[0]) if "--c" in words else None, seconds, joules)
-        write_whole(file, json.dumps(cost) + "\n")
+        name = unfinished = f"{words[0]}, unfinished"
+        earlier = cost.pop(unfinished, None)
+        before, begin = gpu_joules(gpu) if metered else None, time()
+        try:
+            call(words, settings, run.start, log, run.seed, threads, workers, gpu, programs)
+            name = words[0]
+        finally:
+            seconds, after = time() - begin, gpu_joules(gpu) if metered else None
+            joules = None if before is None or after is None else after - before
+            cost[name] = _continued(earlier if "--c" in words else None, seconds, joules)
+            write_whole(file, json.dumps(cost) + "\n")
 
 
 def _continued(earlier: Spent | None, seconds: float, joules: float | None) -> Spent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH, Method
@@ -138,7 +139,7 @@ class Finetuning:
         return (self.predictions(settings) / "summary.json").is_file()
 
     def commands(self, settings: Settings) -> list[list[str]]:
-        """What is left to do: train, predict, evaluate."""
+        """What is left to do: train, predict, evaluate; an interrupted training continues."""
         if self.is_done(settings):
             return []
         target, plans = settings.target, settings.target.plans["plans_name"]
@@ -148,7 +149,10 @@ class Finetuning:
         train = ["nnUNetv2_train", target.number, target.configuration, str(fold), *common]
         train += ["-device", settings.device]
         model = settings.workspace.results(self.start) / target.name / self._model(settings) / f"fold_{fold}"
-        if self.pretraining:
+        # nnU-Net refuses weights to start from when it continues. A file without its end is no archive.
+        if is_zipfile(model / "checkpoint_latest.pth"):
+            train += ["--c"]
+        elif self.pretraining:
             train += ["-pretrained_weights", str(self.pretraining.checkpoint(settings))]
         images, labels = settings.workspace.cases(settings.cases)
         output = self.predictions(settings)

@@ -114,7 +114,11 @@ class Workspace:
             target: the labelled dataset.
             split: its cases.
             pretraining: the dataset to pretrain on; None takes the target's development cases.
+
+        Raises:
+            ValueError: files are missing, or the folder belongs to a benchmark with other data.
         """
+        self._fix_data(target, pretraining)
         self._link_preprocessed(target, split.development)
         if pretraining is not None:
             self._link_preprocessed(pretraining, pretraining.cases())
@@ -129,6 +133,24 @@ class Workspace:
                     raise ValueError(f"expected images {name}_0000{ending} in {target.raw / 'imagesTr'}, found none")
                 _link(channels, images)
                 _link([target.raw / "labelsTr" / f"{name}{ending}"], labels)
+
+    def _fix_data(self, target: Dataset, pretraining: Dataset | None) -> None:
+        """Runs are told apart by method, length, labels and seed, so that everything else has to stay as it was."""
+        data = {
+            "dataset": target.name,
+            "configuration": target.configuration,
+            "plans": target.plans["plans_name"],
+            "pretraining dataset": (pretraining or target).name,
+        }
+        file = self.root / "data.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else data
+        for key, value in data.items():
+            if known[key] != value:
+                raise ValueError(
+                    f"expected the {key} {known[key]}, with which the benchmark in {self.root} was made, got {value}. "
+                    "Choose another output folder."
+                )
+        write_whole(file, json.dumps(data, indent=1) + "\n")
 
     def _link_preprocessed(self, dataset: Dataset, cases: Iterable[str]) -> None:
         folder = self.preprocessed / dataset.name
@@ -189,6 +211,7 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer",
         "",
         *(f"from nnssl_stc3d.trainers import {module}" for module in modules),
+        "from nnssl_stc3d.evaluation.benchmark.continuing import ContinuingTrainer",
         "from nnssl_stc3d.views.samplers import TransformRanges",
     ]
     for method, number in steps.items():
@@ -204,11 +227,11 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
     for schedule, (module, trainer) in SCHEDULES.items():
         if schedule != STOCK:
             name = finetuning_trainer(schedule, finetuning_steps)
-            lines += _subclass(name, f"{module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
+            lines += _subclass(name, f"ContinuingTrainer, {module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
     lines += [
         "",
         "",
-        f"class {finetuning_trainer(STOCK, finetuning_steps)}({SCHEDULES[STOCK][1]}):",
+        f"class {finetuning_trainer(STOCK, finetuning_steps)}(ContinuingTrainer, {SCHEDULES[STOCK][1]}):",
         "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
         "        super().__init__(plans, configuration, fold, dataset_json, device)",
         f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {per_epoch}",
@@ -225,12 +248,12 @@ def _check_options(method: Method) -> None:
         raise ValueError(f"{method.described()}: {error}") from None
 
 
-def _subclass(name: str, parent: str, epochs: int, steps: int, validation_steps: int) -> list[str]:
+def _subclass(name: str, parents: str, epochs: int, steps: int, validation_steps: int) -> list[str]:
     """Lines of a trainer of another length."""
     return [
         "",
         "",
-        f"class {name}({parent}):",
+        f"class {name}({parents}):",
         f"    epochs, steps_per_epoch, validation_steps = {epochs}, {steps}, {validation_steps}",
     ]
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
 import types
 
 import pytest
+import torch
 
 from nnssl_stc3d.evaluation.benchmark import energy, execution
 from nnssl_stc3d.evaluation.benchmark.execution import Programs, cost_file, execute, execute_all
@@ -62,6 +68,96 @@ def test_a_failure_stops_only_what_starts_from_it(calls, runs, settings):
     assert sorted(failures[1:]) == sorted(f"{r.name}: left out, what it starts from failed" for r in orphans)
 
 
+def test_an_interrupted_benchmark_ends_what_runs(monkeypatch, runs, settings, tmp_path):
+    codes = []
+
+    def run_instead(run, settings, threads, workers, gpu, alone, programs):
+        codes.append(programs.run(["sleep", "60"], {"PATH": os.environ["PATH"]}, tmp_path / f"{run.name}.log"))
+
+    def terminated(running, return_when):
+        while len(list(tmp_path.glob("*.log"))) < 2:
+            time.sleep(0.01)
+        sys.exit(143)
+
+    monkeypatch.setattr(execution, "execute", run_instead)
+    monkeypatch.setattr(execution, "wait", terminated)
+    with pytest.raises(SystemExit):
+        execute_all(runs, settings, 1, 0, jobs=2)
+    assert all(code != 0 for code in codes)
+    assert len(list(tmp_path.glob("*.log"))) == 2
+
+
+STAND_IN = """
+import multiprocessing, pathlib, sys, time
+
+def stay(fifo):
+    with open(fifo, "w") as file:
+        file.write("here ")
+        file.flush()
+        time.sleep(600)
+
+def main():
+    # As nnU-Net's loader workers are: forked, and daemons.
+    multiprocessing.get_context("fork").Process(target=stay, args=(sys.argv[1],), daemon=True).start()
+    stay(sys.argv[1])
+"""
+STARTER = """
+import sys
+from pathlib import Path
+from nnssl_stc3d.evaluation.benchmark import execution
+from nnssl_stc3d.evaluation.benchmark.runs import Settings
+from nnssl_stc3d.evaluation.benchmark.workspace import Workspace
+
+root, fifo = sys.argv[1:]
+settings = Settings(Workspace(Path(root)), None, None, None, "cpu", True, "test", 10)
+execution.call(["stand_in", fifo], settings, "scratch", Path(root) / "log", 0, 1, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_programs_and_their_workers_end_with_a_benchmark_that_is_killed(tmp_path):
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    metadata = tmp_path / "stand_in-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[console_scripts]\nstand_in = stand_in:main\n")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    # Read without blocking: it ends when nobody has it open for writing, so that processes that were not waited for
+    # do not count.
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path), str(fifo)], env=variables)
+    try:
+        said = b""
+        while said != b"here here " and starter.poll() is None:
+            if select.select([reading], [], [], 60)[0]:
+                said += os.read(reading, 100)
+            time.sleep(0.05)
+        assert said == b"here here ", (tmp_path / "log").read_text(encoding="utf-8")
+        starter.send_signal(signal.SIGKILL)
+        starter.wait(60)
+        assert select.select([reading], [], [], 60)[0] and os.read(reading, 100) == b"", "both have gone"
+    finally:
+        starter.kill()
+        starter.wait()
+        os.close(reading)
+
+
+def test_an_interrupt_while_a_program_runs_ends_it(monkeypatch, tmp_path):
+    waiting, wait = [], subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        waiting.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        # It ends when its standard input does.
+        Programs().run(["cat"], {"PATH": os.environ["PATH"]}, tmp_path / "log")
+    assert wait(waiting[0], 20) == 0
+
+
 def test_programs_are_ended_together_and_no_other_starts(tmp_path):
     programs, codes = Programs(), []
     threads = [
@@ -80,21 +176,60 @@ def test_programs_are_ended_together_and_no_other_starts(tmp_path):
         programs.run(["true"], {}, tmp_path / "other.log")
 
 
+def test_an_interrupted_finetuning_continues_where_it_can(settings, runs):
+    run = next(r for r in runs if isinstance(r, Finetuning) and r.method == "stc3d")
+    fold = settings.workspace.fold(settings.target, settings.split, run.labels, run.seed)
+    model = settings.workspace.results(run.start) / settings.target.name / run._model(settings) / f"fold_{fold}"
+    model.mkdir(parents=True)
+    weights = ["-pretrained_weights", str(run.pretraining.checkpoint(settings))]
+
+    def train():
+        words = run.commands(settings)[0]
+        return words[words.index("-device") + 2 :] if words[0] == "nnUNetv2_train" else None
+
+    assert train() == weights
+    latest = model / "checkpoint_latest.pth"
+    torch.save({"current_epoch": 3, "weights": torch.zeros(1000)}, latest)
+    assert train() == ["--c"]
+    # The machine went down while it was written.
+    latest.write_bytes(latest.read_bytes()[:2000])
+    assert train() == weights
+    # Trained and not yet validated by nnU-Net, whose validation the benchmark does not need.
+    (model / "checkpoint_final.pth").touch()
+    assert train() is None
+
+
 def test_the_cost_of_a_continued_training_is_added(monkeypatch, settings, runs):
     run = next(r for r in runs if isinstance(r, Pretraining))
-    used = iter([100.0, 150.0, 400.0, 425.0])
-    monkeypatch.setattr(execution, "gpu_joules", lambda gpu: next(used))
-    monkeypatch.setattr(execution, "call", lambda *a: 30.0)
     object.__setattr__(settings, "device", "cuda")
-    monkeypatch.setattr(Pretraining, "commands", lambda self, settings: [["nnUNetv2_train"]])
-    execute(run, settings, 1, 0, "0", True, Programs())
-    monkeypatch.setattr(Pretraining, "commands", lambda self, settings: [["nnUNetv2_train", "--c"]])
-    execute(run, settings, 1, 0, "0", True, Programs())
-    kept = json.loads(cost_file(run, settings).read_text(encoding="utf-8"))
-    assert kept == {"nnUNetv2_train": {"seconds": 60.0, "joules": 75.0}}
-    execute(run, settings, 1, 0, "0", False, Programs())
-    kept = json.loads(cost_file(run, settings).read_text(encoding="utf-8"))
-    assert kept == {"nnUNetv2_train": {"seconds": 90.0, "joules": None}}
+    arguments, clock, counter, failing = [], [0.0], [100.0], []
+
+    def call(*_):
+        clock[0] += 30
+        counter[0] += 50
+        if failing:
+            raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(execution, "time", lambda: clock[0])
+    monkeypatch.setattr(execution, "gpu_joules", lambda gpu: counter[0])
+    monkeypatch.setattr(execution, "call", call)
+    monkeypatch.setattr(Pretraining, "commands", lambda self, settings: [["nnUNetv2_train", *arguments]])
+
+    def cost(alone=True):
+        try:
+            execute(run, settings, 1, 0, "0", alone, Programs())
+        except RuntimeError:
+            pass
+        return json.loads(cost_file(run, settings).read_text(encoding="utf-8"))
+
+    failing.append(True)
+    assert cost() == {"nnUNetv2_train, unfinished": {"seconds": 30.0, "joules": 50.0}}
+    # It began again: what the first attempt took is lost with it.
+    assert cost() == {"nnUNetv2_train, unfinished": {"seconds": 30.0, "joules": 50.0}}
+    arguments.append("--c")
+    assert cost() == {"nnUNetv2_train, unfinished": {"seconds": 60.0, "joules": 100.0}}
+    failing.clear()
+    assert cost(alone=False) == {"nnUNetv2_train": {"seconds": 90.0, "joules": None}}
 
 
 class FakeError(Exception):

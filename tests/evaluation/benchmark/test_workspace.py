@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_plans_that_have_changed(dataset, split, tmp_path):
     dataset.plans["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
     with pytest.raises(ValueError, match="plans nnUNetPlans of Dataset004_Made have changed"):
         workspace.link_datasets(dataset, split)
+
+
+def test_a_folder_keeps_its_data(dataset, split, tmp_path):
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split)
+    workspace.link_datasets(dataset, split, dataset)
+    other = replace(dataset, preprocessed=tmp_path / "preprocessed" / "Dataset801_Other")
+    with pytest.raises(ValueError, match="expected the pretraining dataset Dataset004_Made.* got Dataset801_Other"):
+        workspace.link_datasets(dataset, split, other)
+    with pytest.raises(ValueError, match="expected the configuration 3d_fullres.* got 3d_lowres"):
+        workspace.link_datasets(replace(dataset, configuration="3d_lowres"), split)
 
 
 def test_files_that_are_missing(dataset, split, tmp_path):
