@@ -7,6 +7,7 @@ Peak memory is that of a process of its own; the last row scans a folder of many
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import shutil
 import tempfile
@@ -139,6 +140,8 @@ def main() -> None:
     count, shape, repeats = (2, (24, 96, 96), 1) if options.quick else (3, (160, 384, 384), 3)
     entries = 500 if options.quick else 20_000
     quiet_itk()
+    # `common` imports PyTorch, which the command does not: to search its objects for garbage would cost prepare alone.
+    gc.freeze()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

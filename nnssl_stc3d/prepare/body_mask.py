@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from nnssl_stc3d.data.body import BODY_HU, BodyRule, body_mask, otsu_threshold
 from nnssl_stc3d.prepare.checks import VolumeError
@@ -52,17 +50,35 @@ def foreground_mask(image: NDArray[Any], modality: str = "", axial: int = 0) -> 
     return _at_full_resolution(image, body, threshold, step)
 
 
-def _shrunk(image: NDArray[Any], step: int) -> NDArray[Any]:
+def _shrunk(image: NDArray[Any], step: int) -> NDArray[np.float32]:
     """Means of blocks of `step` voxels along each axis; what does not fill a block at the end is left out."""
-    factors = [min(step, n) for n in image.shape[::-1]]
-    return sitk.GetArrayFromImage(sitk.BinShrink(sitk.GetImageFromArray(image), factors))
+    factors = [min(step, n) for n in image.shape]
+    means = np.empty([n // factor for n, factor in zip(image.shape, factors)], np.float32)
+    # Sums of a block are exact in 32 bits for small numbers only.
+    exact = np.float32 if image.dtype.itemsize <= 2 else np.float64
+    for z, cells in enumerate(means):
+        # A layer stays in the caches: its planes are added, then their rows, then, transposed, their columns.
+        layer = image[z * factors[0] : (z + 1) * factors[0]].sum(0, dtype=exact)
+        for factor, n in zip(factors[1:], means.shape[1:]):
+            layer = np.add.reduce([layer[i : n * factor : factor] for i in range(factor)]).T
+        cells[...] = layer / np.prod(factors)
+    return means
+
+
+def _combined(mask: NDArray[np.bool_], combine: np.ufunc) -> NDArray[np.bool_]:
+    """Each cell combined with its 26 neighbours: np.logical_or dilates, np.logical_and erodes."""
+    result = mask.copy()
+    for axis in range(3):
+        before, after = np.moveaxis(result.copy(), axis, 0), np.moveaxis(result, axis, 0)
+        combine(after[1:], before[:-1], out=after[1:])
+        combine(after[:-1], before[1:], out=after[:-1])
+    return result
 
 
 def _at_full_resolution(image: NDArray[Any], body: NDArray[np.bool_], threshold: float, step: int) -> NDArray[np.uint8]:
     """Draws the surface of a coarse mask: cells beside it are body where they exceed the threshold."""
-    near = ndimage.maximum_filter(body, 3, mode="nearest")
-    inside = ndimage.minimum_filter(body, 3, mode="nearest")
-    beside = near & ~inside
+    inside = _combined(body, np.logical_and)
+    beside = _combined(body, np.logical_or) & ~inside
     cells = [np.minimum(np.arange(n) // min(step, n), c - 1) for n, c in zip(image.shape, body.shape)]
     if image.dtype.kind in "iu":
         # The same for whole numbers, and they need not be converted.
@@ -71,7 +87,7 @@ def _at_full_resolution(image: NDArray[Any], body: NDArray[np.bool_], threshold:
     last = -1
     for z, cell in enumerate(cells[0]):
         if cell != last:
-            fill, edge = (where[cell].take(cells[1], 0).take(cells[2], 1) for where in (inside, beside))
+            fill, edge = (where[cell].take(cells[2], 1).take(cells[1], 0) for where in (inside, beside))
             last = cell
         np.greater(image[z], threshold, out=mask[z])
         mask[z] &= edge

@@ -154,14 +154,14 @@ def voxel_problems(array: NDArray[Any], modality: str, where: str) -> list[Probl
     if low == high:
         return [Problem("constant", f"every voxel is {low:g}", where)]
     sample = thinned(array)
-    values = np.unique(sample)
-    if len(values) <= _LABEL_VALUES and low >= 0 and np.array_equal(values, np.rint(values)):
-        return [Problem("label-map", f"has only {len(values)} different values, all of them whole numbers", where)]
+    if low >= 0:
+        values = np.unique(sample)
+        if len(values) <= _LABEL_VALUES and np.array_equal(values, np.rint(values)):
+            return [Problem("label-map", f"has only {len(values)} different values, all of them whole numbers", where)]
     if modality == "CT" and low > _AIR_HU:
         message = f"has values from {low:g} to {high:g}, and none below {_AIR_HU} HU as a CT with air or lung has"
         return [Problem("wrong-modality", message, where)]
-    dark = float((sample < _AIR_HU).mean())
-    if modality in ("MR", "PT") and dark > _AIR_SHARE:
+    if modality in ("MR", "PT") and (dark := float((sample < _AIR_HU).mean())) > _AIR_SHARE:
         message = f"has {100 * dark:.0f} % of its values below {_AIR_HU}, like CT and unlike {modality}"
         return [Problem("wrong-modality", message, where)]
     return []

@@ -56,6 +56,27 @@ def test_large_volumes_have_the_surface_of_the_full_resolution(monkeypatch, shap
     assert mask[ndimage.binary_erosion(body, iterations=8)].all()
 
 
+@pytest.mark.parametrize(("dtype", "low", "high"), [(np.int16, -(2**15), 2**15 - 1), (np.float32, -3.4e38, 3.4e38)])
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_cells_are_the_means_of_blocks(dtype, low, high, step):
+    image = np.random.default_rng(0).uniform(low, high, (3, 13, 14)).astype(dtype)
+    image[:, :4, :4] = high
+    factors = min(step, 3), step, step
+    nz, ny, nx = (n // f for n, f in zip(image.shape, factors))
+    whole = image[: nz * factors[0], : ny * step, : nx * step].astype(np.float64)
+    expected = whole.reshape(nz, factors[0], ny, step, nx, step).mean((1, 3, 5))
+    means = module._shrunk(image, step)
+    assert means.dtype == np.float32
+    np.testing.assert_allclose(means, expected, rtol=1e-6, atol=1e-6 * high)
+
+
+def test_neighbours_of_cells():
+    mask = np.random.default_rng(0).random((6, 7, 8)) > 0.9
+    for where, combine in ((mask, np.logical_or), (~mask, np.logical_and)):
+        filtered = ndimage.maximum_filter if combine is np.logical_or else ndimage.minimum_filter
+        np.testing.assert_array_equal(module._combined(where, combine), filtered(where, 3, mode="nearest"))
+
+
 def test_phantom():
     case = generate_case(1, PhantomConfig())
     assert dice(foreground_mask(case.image, "CT"), case.body) > 0.97
