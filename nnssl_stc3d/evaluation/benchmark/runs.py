@@ -44,7 +44,7 @@ class Pretraining:
     Attributes:
         method: what is pretrained.
         steps: its length.
-        seed: of initialisation; batches follow from the method's own seed and differ by it only in a method's dropout.
+        seed: of initialisation and views.
     """
 
     method: Method

@@ -217,8 +217,10 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
     for method, number in steps.items():
         parent = f"{method.module}.{method.trainer}"
         _check_options(method)
-        changes = ", ".join(f"{key}={value!r}" for key, value in method.changes)
-        config = [f"    config = replace({parent}.config, {changes})"] if changes else []
+        # nnU-Net imports the module in the seeded process, so that every seed has views of its own.
+        values = {"seed": "torch.initial_seed()"} | {key: repr(value) for key, value in method.changes}
+        changes = ", ".join(f"{key}={value}" for key, value in values.items())
+        config = [f"    config = replace({parent}.config, {changes})"]
         lines += _subclass(method.trainer_name(CALIBRATION), parent, 2, CALIBRATION_STEPS, 1) + config
         if number:
             name = method.trainer_name(f"{number}steps")

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, find_methods, with_options
 from nnssl_stc3d.evaluation.benchmark.workspace import finetuning_trainer, trainers_source
@@ -29,6 +30,7 @@ def written(tmp_path):
 
 
 def test_every_method_and_variant_becomes_a_trainer_of_its_length(written):
+    torch.manual_seed(3)
     methods = list(METHODS.values()) + [m for ablation in ABLATIONS.values() for m in ablation]
     module = written(dict.fromkeys(methods, 250))
     for method in methods:
@@ -37,9 +39,15 @@ def test_every_method_and_variant_becomes_a_trainer_of_its_length(written):
         parent = trainer.__mro__[1]
         assert parent.__name__ == method.trainer
         changed = {key: value for key, value in asdict(trainer.config).items() if value != asdict(parent.config)[key]}
-        assert changed.keys() == dict(method.changes).keys()
+        assert changed.keys() == {"seed", *dict(method.changes)}
+        assert trainer.config.seed == 3  # that of the process
         assert all(getattr(trainer.config, key) == value for key, value in method.changes)
         assert getattr(module, method.trainer_name("calibration")).epochs == 2
+
+
+def test_a_seed_that_is_set_stays(written):
+    (method,) = with_options(find_methods(["stc3d"]), ["stc3d.seed=7"])
+    assert getattr(written({method: 250}), method.trainer_name("250steps")).config.seed == 7
 
 
 def test_finetunings_of_every_kind_have_the_same_number_of_steps(written):
