@@ -82,6 +82,9 @@ class _Short:
         )
 
     def on_train_start(self):
+        # Without weights to load, nobody has made the network yet.
+        if not self.was_initialized:
+            self.initialize()
         torch.save(self.network.state_dict(), join(self.output_folder, "initial_weights.pt"))
         super().on_train_start()
 
