@@ -85,10 +85,10 @@ class STC3DConfig(PretrainConfig):
     projector_hidden: int = 512
     projector_dim: int = 128
     dense_weight: float = 1.0
-    dense_pyramid: str = "decoder"
+    dense_pyramid: str = "both"
     dense_points: int = 64
     dense_temperature: float = 0.1
-    dense_negatives: str = "batch"
+    dense_negatives: str = "volume"
     dense_dim: int = 128
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ OPTIONS = [
     {"descriptor_stages": "bottleneck", "info_nce_weight": 1.0, "info_nce_on": "bins"},
     {"bins": (1, 1, 1)},
     {"bins": (1, 2, 3), "info_nce_weight": 1.0, "info_nce_on": "bins"},
-    {"dense_negatives": "volume"},
+    {"dense_negatives": "batch"},
     {"dense_pyramid": "decoder"},
     {"dense_pyramid": "encoder"},
     {"dense_pyramid": "both"},
@@ -232,7 +232,7 @@ def test_views_are_compared_with_the_bases_of_their_own_volume(build, make_batch
 
 def test_voxel_embeddings_are_taken_at_corresponding_points(coordinates, make_batch, sees_positions):
     """On views of an image of positions both embeddings of a pair have to be the same position."""
-    config = config_of(**ONLY_DENSE, dense_points=64, views_per_region=3)
+    config = config_of(**ONLY_DENSE, dense_points=64, views_per_region=3, dense_pyramid="decoder")
     method = STC3D(sees_positions, config)
     method.dense_projector = nn.Identity()
     shape = (40, 44, 36)

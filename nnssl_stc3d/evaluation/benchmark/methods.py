@@ -98,6 +98,8 @@ ABLATIONS: dict[str, list[Method]] = {
             without_regulariser={"reg_weight": 0.0},
             without_dense={"dense_weight": 0.0},
             dense_only={"pred_weight": 0.0, "reg_weight": 0.0},
+            dense_on_decoder={"dense_pyramid": "decoder"},
+            dense_against_all={"dense_negatives": "batch"},
             with_info_nce={"info_nce_weight": 1.0, "info_nce_on": "bins"},
         ),
         *_variants(
