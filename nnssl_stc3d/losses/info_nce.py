@@ -50,38 +50,39 @@ def info_nce(
     if form not in INFO_NCE_FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, INFO_NCE_FORMS))}, got {form!r}")
     _check_temperature(temperature)
-    anchors = 2 * len(z1)
     with torch.autocast(z1.device.type, enabled=False):
-        z = _normalised(torch.cat((z1, z2)))
-        both = None if groups is None else groups.repeat(2)
-        index = torch.arange(anchors, device=z.device)
-        if rows is None or anchors <= rows:
-            total = _anchor_losses(z, index, temperature, both)
-        else:
-            parts = [
-                checkpoint(_anchor_losses, z, part, temperature, both, use_reentrant=False, preserve_rng_state=False)
-                for part in index.split(rows)
-            ]
-            total = torch.stack(parts).sum()
-    return total if form == "paper" else total / max(1, anchors)
+        z = torch.stack((_normalised(z1), _normalised(z2)))
+        # Of other groups nothing is compared, so nothing is computed.
+        parts = [z] if groups is None else [z[:, groups == group] for group in groups.unique()]
+        total = torch.stack([_set_loss(part.flatten(0, 1), temperature, rows) for part in parts or [z]]).sum()
+    return total if form == "paper" else total / max(1, 2 * len(z1))
 
 
-def _anchor_losses(z: Tensor, index: Tensor, temperature: float, groups: Tensor | None) -> Tensor:
-    """Sum of the losses of some anchors.
+def _set_loss(z: Tensor, temperature: float, rows: int | None) -> Tensor:
+    """Sum of the losses of all anchors of a set, some rows of its similarities at a time.
 
     Args:
         z: ``(2 N, D)`` unit vectors; row ``i`` and row ``i + N`` correspond.
-        index: ``(R,)`` the anchors.
         temperature: tau.
-        groups: ``(2 N,)`` or None.
+        rows: see :func:`info_nce`.
     """
+    index = torch.arange(len(z), device=z.device)
+    if rows is None or len(z) <= rows:
+        return _anchor_losses(z, index, temperature)
+    parts = [
+        checkpoint(_anchor_losses, z, part, temperature, use_reentrant=False, preserve_rng_state=False)
+        for part in index.split(rows)
+    ]
+    return torch.stack(parts).sum()
+
+
+def _anchor_losses(z: Tensor, index: Tensor, temperature: float) -> Tensor:
+    """Sum of the losses of some anchors, ``index`` ``(R,)`` into the rows of :func:`_set_loss`'s ``z``."""
     row = torch.arange(len(index), device=z.device)
     logits = z[index] @ z.T / temperature
     positive = logits[row, (index + len(z) // 2) % max(1, len(z))]
     excluded = torch.zeros_like(logits, dtype=torch.bool)
     excluded[row, index] = True
-    if groups is not None:
-        excluded |= groups[index][:, None] != groups
     return (logits.masked_fill(excluded, -torch.inf).logsumexp(1) - positive).sum()
 
 
