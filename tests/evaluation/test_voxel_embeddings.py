@@ -158,7 +158,7 @@ def test_a_method_is_rebuilt_from_its_checkpoint(checkpoint, method):
 
 def test_embeddings_read_the_pyramid_that_was_trained(checkpoint):
     """Against the method's own head on its own maps, at the centre of one window."""
-    embedder = load_embedder(checkpoint(), CPU)
+    embedder = load_embedder(checkpoint(dense_pyramid="decoder"), CPU)
     volume = np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype(np.float32)
     embedder.calibrate([volume], [(4, 4, 4)], width=8)
     method = embedder.method
