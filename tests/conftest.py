@@ -176,6 +176,49 @@ def repository() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+def make_ct(seed: int = 0, shape: tuple[int, int, int] = (12, 16, 20)) -> np.ndarray:
+    """A bright ellipsoid with a lung in air, (z, y, x) in HU."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    array = np.full(shape, -1000.0)
+    array[(y / 0.8) ** 2 + (x / 0.8) ** 2 < 1] = 40
+    array[(y / 0.3) ** 2 + (x / 0.3) ** 2 + (z / 0.5) ** 2 < 1] = -850
+    return (array + rng.normal(0, 10, shape)).astype(np.int16)
+
+
+@pytest.fixture
+def ct() -> Callable[..., np.ndarray]:
+    """Function ``(seed=0, shape=(12, 16, 20)) -> (z, y, x) int16 in HU``."""
+    return make_ct
+
+
+@pytest.fixture
+def save() -> Callable[..., Path]:
+    """Function ``(path, array, spacing=(1, 1.5, 2), origin=(5, -6, 7), direction=identity) -> path``; (x, y, z)."""
+
+    def write(path, array, spacing=(1.0, 1.5, 2.0), origin=(5.0, -6.0, 7.0), direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = sitk.GetImageFromArray(array, isVector=False)
+        if array.ndim == 3:
+            image.SetSpacing(spacing)
+            image.SetOrigin(origin)
+            image.SetDirection(direction)
+        sitk.WriteImage(image, str(path), path.name.endswith(("gz", "nrrd", "mha")))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """nnU-Net's folder of raw data, empty; the variables name all three."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("NNSSL_STC3D_DEBUG", raising=False)
+    return tmp_path / "nnUNet_raw"
+
+
 def write_dicom_series(
     folder: Path,
     array: np.ndarray,
@@ -222,3 +265,14 @@ def write_dicom_series(
 def dicom_series() -> Callable[..., list[Path]]:
     """Function ``(folder, array, spacing, origin, direction, series, prefix, **tags) -> files``."""
     return write_dicom_series
+
+
+@pytest.fixture
+def full_disk(monkeypatch) -> None:
+    """From here on, torch.save writes half a file and fails."""
+
+    def save(value: object, file: str) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)

@@ -15,6 +15,7 @@ from typing import Any
 
 from nnssl_stc3d.cli.datasets import dataset_name, environment_folder
 from nnssl_stc3d.evaluation.commands import find_program
+from nnssl_stc3d.files import written_whole
 
 DESCRIPTION = """\
 Writes plans with which the pretraining dataset and the target get the same network and the same preprocessing, so
@@ -294,9 +295,8 @@ def _copy_dataset_json(roots: dict[str, Path], dataset: str) -> None:
         roots["nnUNet_preprocessed"] / dataset / "dataset.json",
     )
     if not wanted.exists() and raw.is_file():
-        part = wanted.with_name(f".{wanted.name}.part")
-        shutil.copyfile(raw, part)
-        part.replace(wanted)
+        with written_whole(wanted) as beside:
+            shutil.copyfile(raw, beside)
 
 
 def _next(

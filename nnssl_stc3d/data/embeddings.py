@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.views.guide import Guide
 
 RECORD = "embeddings.json"
@@ -42,9 +42,8 @@ class EmbeddingRecord:
 
     def write(self, folder: Path) -> None:
         """Write the record, complete or not at all."""
-        partial = folder / f"{RECORD}.{os.getpid()}.tmp"
-        partial.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        partial.replace(folder / RECORD)
+        with written_whole(folder / RECORD, shared=True) as beside:
+            beside.write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> EmbeddingRecord | None:
@@ -81,13 +80,8 @@ def write_map(folder: Path, identifier: str, features: np.ndarray, volume: Seque
         features: ``(D, z, y, x)``, covering the preprocessed volume.
         volume: ``(Z, Y, X)`` of that volume.
     """
-    partial = folder / f"{identifier}.{os.getpid()}.tmp"
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, features=features.astype(np.float16), volume=np.array(volume))
-        partial.replace(folder / f"{identifier}{_SUFFIX}")
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(folder / f"{identifier}{_SUFFIX}", shared=True) as beside, beside.open("wb") as file:
+        np.savez(file, features=features.astype(np.float16), volume=np.array(volume))
 
 
 def has_map(folder: Path, identifier: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from nnssl_stc3d.data.body import CELL_MM, BodyRule, body_mask
 from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.views.guide import Guide
 
 # Masks of another version are made again.
@@ -117,22 +117,17 @@ def _write(folder: Path, cases: CaseDataset, identifier: str, rule: BodyRule, ke
     shape = cases.shape(identifier)
     body, told_apart = body_mask(_coarse(cases, identifier, rule), rule)
     # Ranks may come to the same case at the same time.
-    partial = folder / f"{identifier}.{os.getpid()}.tmp"
     try:
         folder.mkdir(exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                np.savez(
-                    file,
-                    packed=np.packbits(body),
-                    grid=np.array(body.shape),
-                    volume=np.array(shape),
-                    rule=np.array(key),
-                    told_apart=np.array(told_apart),
-                )
-            partial.replace(folder / f"{identifier}{_SUFFIX}")
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(folder / f"{identifier}{_SUFFIX}", shared=True) as beside, beside.open("wb") as file:
+            np.savez(
+                file,
+                packed=np.packbits(body),
+                grid=np.array(body.shape),
+                volume=np.array(shape),
+                rule=np.array(key),
+                told_apart=np.array(told_apart),
+            )
     except PermissionError as error:
         raise PermissionError(
             f"body masks are kept in {folder}, which cannot be written ({error}). Make the folder of preprocessed data "

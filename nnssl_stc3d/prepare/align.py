@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nnssl_stc3d.prepare.plans import trainable_configuration
 from nnssl_stc3d.transfer.differences import PlansReference, describe_plans
+from nnssl_stc3d.views.samplers import least_volume
 
 NEEDED = ("patch_size", "spacing", "normalization_schemes", "architecture", "batch_size")
 FAR_SPACING = 2.0
@@ -268,6 +269,14 @@ def _warnings(
                 f"The patch of {_shape(patch)} voxels ({_shape(patch * spacing)} mm) is larger than {smaller.sum()} of "
                 f"the {len(sizes)} volumes of {own.dataset}, whose median is {_shape(np.median(sizes, 0))} voxels at "
                 "that spacing: much of it would be padding. Follow plans with a smaller patch, or use larger volumes."
+            )
+        # Pretraining trainers show about half of the patch, and refuse what is too small for that.
+        least = least_volume(patch // 2)
+        if flat := int((sizes < least).any(axis=1).sum()):
+            found.append(
+                f"{flat} of the {len(sizes)} volumes of {own.dataset} are too small to be pretrained on: at that "
+                f"spacing they have fewer than {_shape(least)} voxels along an axis, which views of half of the patch "
+                "need. Leave them out of a pretraining, or follow plans with a finer spacing or a smaller patch there."
             )
     if own.spacings is not None:
         median = np.median(own.spacings, 0)[axes]

@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.prepare.case import BODY_LABELS
 from nnssl_stc3d.prepare.phantom import LABELS, PhantomCase, PhantomConfig, generate_case
 
@@ -62,12 +63,8 @@ def write_dataset_json(
 
 def write_json(file: Path, content: Any) -> None:
     """Writes a JSON file beside its place and moves it there, so that no reader sees half of it."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(file) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def link_file(source: Path, target: Path, how: str = "absolute", place: Path | None = None) -> bool:

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.prepare.case import Channel
 from nnssl_stc3d.prepare.checks import ADVICE, Problem
 from nnssl_stc3d.prepare.scan import ScannedCase
@@ -112,9 +113,9 @@ def write_report(folder: Path, title: str, cases: Sequence[ScannedCase], channel
     draw(title, cases, channels).savefig(buffer, format="png", dpi=110)
     result = []
     for name, content in ((TABLE_FILE, text.getvalue().encode()), (FIGURE_FILE, buffer.getvalue())):
-        part = folder / f".{name}.part"
-        part.write_bytes(content)
-        result.append(part.replace(folder / name))
+        with written_whole(folder / name) as beside:
+            beside.write_bytes(content)
+        result.append(folder / name)
     return result
 
 

@@ -9,6 +9,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.training.preflight import check_environment
 from nnssl_stc3d.training.schedule import Thaw, WarmupSchedule
 from nnssl_stc3d.transfer.adapt import Adaptation
@@ -108,14 +109,8 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, complete on disk before it takes its name."""
-        temporary = f"{filename}.tmp"
-        try:
-            super().save_checkpoint(temporary)
-            if os.path.isfile(temporary):
-                os.replace(temporary, filename)
-        finally:
-            if os.path.isfile(temporary):
-                os.remove(temporary)
+        with written_whole(filename) as beside:
+            super().save_checkpoint(str(beside))
 
 
 def encoder_modules(network: nn.Module) -> list[nn.Module]:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-TEMPORARY_SUFFIX = ".tmp"
+from nnssl_stc3d.files import written_whole
+
 SAFETENSORS_SUFFIX = ".safetensors"
 
 
@@ -33,10 +34,7 @@ def save_checkpoint_atomically(checkpoint: dict[str, Any], path: str | os.PathLi
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Writes to a temporary file beside the destination and renames it when it is complete on disk.
-
-    The temporary file has a fixed name, so that one left by a killed process is overwritten by the next write instead
-    of piling up; it is removed if writing fails.
+    """Writes a file that takes its name when it is complete on disk; see :func:`nnssl_stc3d.files.written_whole`.
 
     Args:
         path: Destination; its folder must exist.
@@ -46,19 +44,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         RuntimeError: If the file cannot be written, for example because the disk is full.
     """
     destination = Path(path)
-    temporary = destination.with_name(destination.name + TEMPORARY_SUFFIX)
     try:
-        with open(temporary, "wb") as file:
+        with written_whole(destination) as beside, beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, destination)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
         # torch wraps the error of a full disk in a RuntimeError of its own.
-        if isinstance(error, OSError | RuntimeError):
-            raise RuntimeError(_explain_failed_write(destination, error)) from error
-        raise
+        raise RuntimeError(_explain_failed_write(destination, error)) from error
     _sync_folder(destination.parent)
 
 

@@ -7,25 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 
 from nnssl_stc3d.cli.main import main
 
 
-def ct(seed: int, shape=(12, 16, 20)) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    _, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
-    return (np.where(x**2 + y**2 < 0.6, 40, -1000) + rng.normal(0, 10, shape)).astype(np.int16)
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(path), path.name.endswith("gz"))
-    return path
-
-
 @pytest.fixture
-def amos(tmp_path, raw) -> Path:
+def amos(tmp_path, raw, ct, save) -> Path:
     folder = tmp_path / "amos22"
     label = np.zeros((12, 16, 20), np.uint8)
     label[3:6, 5:8, 5:8] = 15
@@ -69,7 +56,7 @@ def test_with_labels_and_the_published_split(raw, amos, capsys):
     assert (raw / "report_Dataset801_X" / "prepare_cases.csv").is_file() and content(amos) == before
 
 
-def test_another_run_adds_what_is_new(raw, amos, capsys):
+def test_another_run_adds_what_is_new(raw, amos, capsys, ct, save):
     assert run("amos", "-i", amos) == 0
     used = raw.parent / "nnUNet_preprocessed" / "Dataset801_X" / "splits_final.json"
     used.parent.mkdir()
@@ -109,7 +96,7 @@ def test_dry_run_and_bad_cases(raw, amos, capsys):
     assert split == [{"train": ["amos_0001"], "val": ["amos_0003"]}]
 
 
-def test_slices_with_classes(raw, tmp_path, capsys):
+def test_slices_with_classes(raw, tmp_path, capsys, ct, save):
     for number, label in enumerate(("NCP", "CP", "Normal")):
         for plane in range(8):
             image = np.clip(ct(number)[plane] + 1000, 0, 1060) // 5

@@ -13,20 +13,8 @@ import SimpleITK as sitk
 from nnssl_stc3d.cli.main import main
 
 
-def ct(seed: int, shape=(12, 16, 20)) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    _, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
-    return (np.where(x**2 + y**2 < 0.6, 40, -1000) + rng.normal(0, 10, shape)).astype(np.int16)
-
-
-def save(path: Path, array: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(sitk.GetImageFromArray(array), str(path), path.name.endswith("gz"))
-    return path
-
-
 @pytest.fixture
-def scans(tmp_path, raw, dicom_series) -> Path:
+def scans(tmp_path, raw, dicom_series, ct, save) -> Path:
     folder = tmp_path / "scans"
     save(folder / "a.nii.gz", ct(0))
     save(folder / "sub" / "b.nrrd", ct(1))
@@ -65,7 +53,7 @@ def test_a_folder_of_mixed_formats(raw, scans, capsys):
     assert sorted(f.name for f in raw.iterdir()) == ["Dataset801_MyCT", "report_Dataset801_MyCT"]
 
 
-def test_another_run_adds_what_is_new(raw, scans, capsys):
+def test_another_run_adds_what_is_new(raw, scans, capsys, ct, save):
     assert prepare("-i", scans, "--modality", "CT") == 0
     first = tree(raw / "Dataset801_MyCT")
     assert prepare("-i", scans, "--modality", "CT") == 0
@@ -84,7 +72,7 @@ def test_dry_run_writes_the_report_only(raw, scans, tmp_path, capsys):
     assert "would write 4 cases" in capsys.readouterr().out
 
 
-def test_bad_cases_are_named_and_left_out_only_if_asked(raw, scans, capsys):
+def test_bad_cases_are_named_and_left_out_only_if_asked(raw, scans, capsys, ct, save):
     cut = save(scans / "cut.nii.gz", ct(5))
     cut.write_bytes(cut.read_bytes()[:-100])
     (scans / "copy.nii.gz").write_bytes((scans / "a.nii.gz").read_bytes())
@@ -103,7 +91,7 @@ def test_bad_cases_are_named_and_left_out_only_if_asked(raw, scans, capsys):
     assert "copy.nii.gz" in cases(raw)
 
 
-def test_what_only_the_voxels_show(raw, scans, capsys):
+def test_what_only_the_voxels_show(raw, scans, capsys, ct, save):
     broken = ct(5).astype(np.float32)
     broken[1, 1, 1] = np.nan
     save(scans / "nan.nii.gz", broken)
@@ -128,7 +116,7 @@ def test_a_full_disk(raw, scans, capsys, monkeypatch):
     assert prepare("-i", scans, "--modality", "CT") == 0 and len(cases(raw)) == 4
 
 
-def test_channels(raw, tmp_path):
+def test_channels(raw, tmp_path, ct, save):
     for name in ("x_0000", "x_0001", "y_0000", "y_0001"):
         save(tmp_path / "mr" / f"{name}.nii.gz", np.abs(ct(len(name) + ord(name[-1]) + ord(name[0]))) + 3)
     assert prepare("-i", tmp_path / "mr", "--channels", "T1", "T2", "--modality", "MR") == 0
@@ -137,7 +125,7 @@ def test_channels(raw, tmp_path):
     assert len(list((raw / "Dataset801_MyCT" / "imagesTr").iterdir())) == 4
 
 
-def test_normalisation_of_ct_phases(raw, tmp_path):
+def test_normalisation_of_ct_phases(raw, tmp_path, ct, save):
     for index, name in enumerate(("x_art", "x_ven")):
         save(tmp_path / "ct" / f"{name}.nii.gz", ct(index))
     arguments = ("--channels", "arterial=_art", "venous=_ven", "--modality", "CT")
@@ -153,7 +141,7 @@ def test_a_table_of_cases(raw, scans, tmp_path):
     assert cases(raw) == ["first.nii.gz", "second.nii.gz", "third.nii.gz"]
 
 
-def test_numpy_needs_a_spacing(raw, tmp_path, capsys):
+def test_numpy_needs_a_spacing(raw, tmp_path, capsys, ct):
     (tmp_path / "np").mkdir()
     np.save(tmp_path / "np" / "a.npy", ct(0))
     assert prepare("-i", tmp_path / "np", "--modality", "CT") == 1
@@ -211,7 +199,7 @@ def test_several_processes(raw, scans):
     assert len(cases(raw)) == 4
 
 
-def test_every_kind_of_bad_input_is_named_and_nothing_is_changed(raw, scans, dicom_series, capsys):
+def test_every_kind_of_bad_input_is_named_and_nothing_is_changed(raw, scans, dicom_series, capsys, ct, save):
     assert prepare("-i", scans, "--modality", "CT") == 0
     bad = scans / "bad"
     cut = save(bad / "cut.nii.gz", ct(10))

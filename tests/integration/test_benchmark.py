@@ -66,7 +66,7 @@ def test_it_continues_where_it_was_ended(benchmark):
     commands = (output / "commands.txt").read_text(encoding="utf-8").splitlines()
     finetunings = [line for line in commands if "-tr STC3DFinetuneTrainer" in line and "nnUNetv2_train" in line]
     assert any("--c" in line for line in finetunings)
-    assert not list(output.glob(LATEST)) and not list(output.glob("results/**/*.part"))
+    assert not list(output.glob(LATEST)) and not list(output.glob("results/**/*.tmp"))
 
 
 def test_the_test_cases_are_seen_by_no_training(benchmark, workspace):

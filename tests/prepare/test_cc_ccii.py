@@ -114,11 +114,11 @@ def test_colour(tmp_path):
     assert error.value.problem.code == "colour"
 
 
-def test_cases_classes_and_patients(corpus, nnunet_raw):
+def test_cases_classes_and_patients(corpus, raw):
     found = find(corpus)
     assert [c.case.name for c in found.cases] == ["CP_7_3140", "NCP_2_1084", "NCP_2_1085", "Normal_1500_12"]
     assert [p for c in found.cases for p in c.problems] == []
-    target = corpus_target(CORPORA["cc-ccii"], nnunet_raw / "Dataset801_X", "", False)
+    target = corpus_target(CORPORA["cc-ccii"], raw / "Dataset801_X", "", False)
     write_dataset([c.case for c in found.cases[:3]], target)
     image = sitk.ReadImage(str(target.folder / "imagesTr" / "NCP_2_1084_0000.nii.gz"))
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), windowed(0))

@@ -75,11 +75,11 @@ def btcv(put):
     return put("RawData/Testing/img/img0061.nii.gz")
 
 
-def test_btcv(put, nnunet_raw, corners):
+def test_btcv(put, raw, corners):
     found = find("btcv", btcv(put))
     assert parts(found) == (["img0001", "img0002"], ["img0061"])
     assert found.parts == {"training": 2, "test": 1} and found.splits is None and problems(found) == []
-    folder = write("btcv", found, nnunet_raw)
+    folder = write("btcv", found, raw)
     source = found.cases[0].case
     for written, file in (("imagesTr/img0001_0000", source.channels[0]), ("labelsTr/img0001", source.label)):
         assert (folder / f"{written}.nii.gz").resolve() == file.files[0]
@@ -102,14 +102,14 @@ def test_the_folder_may_be_given_at_any_level(put):
     assert parts(find("btcv", folder / "RawData" / "Training")) == (["img0001", "img0002"], [])
 
 
-def test_without_labels_held_out_parts_are_left_out(put, nnunet_raw):
+def test_without_labels_held_out_parts_are_left_out(put, raw):
     folder = btcv(put)
     found = find("btcv", folder, unlabelled=True)
     assert parts(found) == (["img0001", "img0002"], []) and found.left_out == ("test",)
     assert all(c.case.label is None for c in found.cases)
     everything = find("btcv", folder, unlabelled=True, held_out=True)
     assert parts(everything) == (["img0001", "img0002", "img0061"], []) and everything.left_out == ()
-    written = write("btcv", found, nnunet_raw, unlabelled=True)
+    written = write("btcv", found, raw, unlabelled=True)
     assert json.loads((written / "dataset.json").read_text(encoding="utf-8"))["labels"] == {"background": 0, "body": 1}
     assert set(np.unique(array(written / "labelsTr" / "img0001.nii.gz"))) == {0, 1}
 
@@ -136,11 +136,11 @@ def test_segmentations_of_another_size_and_damaged_ones(put, save, ct):
     assert "size 20 x 16 x 5 instead of 20 x 16 x 12" in str(found.cases[0].problems[0])
 
 
-def test_values_that_the_corpus_does_not_have(put, nnunet_raw):
+def test_values_that_the_corpus_does_not_have(put, raw):
     put("Training/img/img0001.nii.gz")
     folder = put("Training/label/label0001.nii.gz", kind="label", values=(1, 14))
     with pytest.raises(ValueError, match="unexpected values \\[14\\]"):
-        write("btcv", find("btcv", folder), nnunet_raw)
+        write("btcv", find("btcv", folder), raw)
 
 
 def test_flare22(put):
@@ -169,13 +169,13 @@ def amos(put):
     return folder
 
 
-def test_amos(amos, nnunet_raw):
+def test_amos(amos, raw):
     found = find("amos", amos)
     assert parts(found) == (["amos_0001", "amos_0008"], ["amos_0500"])
     assert found.splits == [{"train": ["amos_0001"], "val": ["amos_0008"]}]
     assert parts(find("amos", amos, "MR")) == (["amos_0507"], ["amos_0600"])
     assert parts(find("amos", amos, unlabelled=True)) == (["amos_0001"], [])
-    description = json.loads((write("amos", found, nnunet_raw) / "dataset.json").read_text(encoding="utf-8"))
+    description = json.loads((write("amos", found, raw) / "dataset.json").read_text(encoding="utf-8"))
     assert description["overwrite_image_reader_writer"] == "NibabelIOWithReorient"
     assert len(description["labels"]) == 16
 
@@ -189,7 +189,7 @@ def test_lits(put):
 
 
 @pytest.mark.parametrize("label", ["segmentation", "aggregated_MAJ_seg"])
-def test_kits(put, nnunet_raw, label):
+def test_kits(put, raw, label):
     put("kits/data/case_00000/imaging.nii.gz", "kits/data/case_00210/imaging.nii.gz")
     folder = put(f"kits/data/case_00000/{label}.nii.gz", kind="label", values=(1, 2, 3))
     if label != "segmentation":
@@ -197,30 +197,30 @@ def test_kits(put, nnunet_raw, label):
     found = find("kits", folder)
     assert parts(found) == (["case_00000"], ["case_00210"])
     assert found.cases[0].case.label.files[0].name == f"{label}.nii.gz"
-    description = json.loads((write("kits", found, nnunet_raw) / "dataset.json").read_text(encoding="utf-8"))
+    description = json.loads((write("kits", found, raw) / "dataset.json").read_text(encoding="utf-8"))
     assert description["labels"]["kidney"] == [1, 2, 3] and description["regions_class_order"] == [1, 3, 2]
 
 
-def test_mmwhs(put, nnunet_raw, corners):
+def test_mmwhs(put, raw, corners):
     put("ct_train/ct_train_1001_image.nii.gz", "ct_test/ct_test_2001_image.nii.gz")
     put("mr_train/mr_train_1010_image.nii.gz", kind="mr")
     put("ct_train/ct_train_1001_label.nii.gz", kind="label", values=(205, 420, 500, 550, 600, 820, 850))
     folder = put("mr_train/mr_train_1010_label.nii.gz", kind="label", values=(205, 421))
     found = find("mmwhs", folder)
     assert parts(found) == (["ct_train_1001"], ["ct_test_2001"])
-    written = write("mmwhs", found, nnunet_raw)
+    written = write("mmwhs", found, raw)
     label = written / "labelsTr" / "ct_train_1001.nii.gz"
     assert array(label)[3, 4].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 0, 0, 0, 0, 0, 0]
     image = sitk.ReadImage(str(folder / "ct_train" / "ct_train_1001_image.nii.gz"))
     np.testing.assert_allclose(corners(sitk.ReadImage(str(label))), corners(image), atol=1e-4)
     found = find("mmwhs", folder, "MR")
     assert parts(found) == (["mr_train_1010"], [])
-    (nnunet_raw / "mr").mkdir()
-    label = write("mmwhs", found, nnunet_raw / "mr", "MR") / "labelsTr" / "mr_train_1010.nii.gz"
+    (raw / "mr").mkdir()
+    label = write("mmwhs", found, raw / "mr", "MR") / "labelsTr" / "mr_train_1010.nii.gz"
     assert array(label)[3, 4, :5].tolist() == [1, 1, 2, 2, 0]
 
 
-def test_brats21(put, nnunet_raw):
+def test_brats21(put, raw):
     for case in ("BraTS2021_00000", "BraTS2021_00001", "BraTS2021_00002"):
         put(*(f"{case}/{case}_{kind}.nii.gz" for kind in ("flair", "t1", "t1ce", "t2")), kind="mr")
     for case in ("BraTS2021_00000", "BraTS2021_00002"):
@@ -232,14 +232,14 @@ def test_brats21(put, nnunet_raw):
     assert [v.files[0].name[16:] for v in found.cases[0].case.channels] == [
         "t1.nii.gz", "t1ce.nii.gz", "t2.nii.gz", "flair.nii.gz"
     ]  # fmt: skip
-    written = write("brats21", found, nnunet_raw)
+    written = write("brats21", found, raw)
     assert array(written / "labelsTr" / "BraTS2021_00000.nii.gz")[3, 4, :7].tolist() == [2, 2, 1, 1, 3, 3, 0]
     description = json.loads((written / "dataset.json").read_text(encoding="utf-8"))
     assert description["channel_names"] == {"0": "T1", "1": "T1ce", "2": "T2", "3": "Flair"}
     assert description["regions_class_order"] == [1, 2, 3]
 
 
-def test_luna16(put, nnunet_raw, corners):
+def test_luna16(put, raw, corners):
     uid = "1.3.6.1.4.1.14519.5.2.1.6279.6001.10000000000000000000000000000"
     folder = put(f"subset0/{uid}0.mhd", f"subset0/{uid}1.mhd", f"subset2/{uid}2.mhd")
     put(f"seg-lungs-LUNA16/{uid}0.mhd", kind="label")
@@ -248,7 +248,7 @@ def test_luna16(put, nnunet_raw, corners):
     assert parts(found) == ([f"{uid}0", f"{uid}1", f"{uid}2"], []) and problems(found) == []
     assert len(found.splits) == 3 and found.splits[0] == {"train": [f"{uid}2"], "val": [f"{uid}0", f"{uid}1"]}
     assert found.splits[1]["val"] == []
-    written = write("luna16", found, nnunet_raw)
+    written = write("luna16", found, raw)
     image = sitk.ReadImage(str(written / "imagesTr" / f"{uid}2_0000.nii.gz"))
     source = sitk.ReadImage(str(folder / "subset2" / f"{uid}2.mhd"))
     np.testing.assert_allclose(corners(image), corners(source), atol=1e-3)

@@ -30,8 +30,8 @@ def scans(tmp_path, save, ct):
 
 
 @pytest.fixture
-def written(scans, nnunet_raw):
-    target = DatasetTarget(nnunet_raw / "Dataset801_X", CT)
+def written(scans, raw):
+    target = DatasetTarget(raw / "Dataset801_X", CT)
     write_dataset([c.case for c in cases_by_name(find_volumes(scans), scans, CT)], target)
     return Record.read(target.folder)
 

@@ -27,8 +27,8 @@ CT = (Channel("CT", "CT"),)
 
 
 @pytest.fixture
-def target(nnunet_raw):
-    return DatasetTarget(nnunet_raw / "Dataset801_X", CT)
+def target(raw):
+    return DatasetTarget(raw / "Dataset801_X", CT)
 
 
 def contents(folder):
@@ -252,7 +252,7 @@ def test_an_interruption_while_files_are_moved(target, scans, monkeypatch):
     assert len(files(target.folder)) == 6
 
 
-def test_labels_values_test_cases_and_splits(nnunet_raw, tmp_path, save, ct, rotated, scans):
+def test_labels_values_test_cases_and_splits(raw, tmp_path, save, ct, rotated, scans):
     """What an importer of a public corpus hands over."""
     organs = np.zeros(ct().shape, np.int16)
     organs[2:5, 4:8, 4:8], organs[6:8, 4:8, 4:8] = 7, 3
@@ -265,7 +265,7 @@ def test_labels_values_test_cases_and_splits(nnunet_raw, tmp_path, save, ct, rot
         Case("u", scans("u", 3).channels, label, {0: 0, 3: 1, 7: 2}, test=True),
     ]
     target = DatasetTarget(
-        nnunet_raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1, "spleen": 2},
+        raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1, "spleen": 2},
         splits=[{"train": ["a"], "val": ["b"]}], extra={"licence": "CC-BY"},
     )  # fmt: skip
     assert write_dataset(cases, target).total == 2
@@ -300,11 +300,11 @@ def test_a_published_split_grows_with_the_dataset_unless_it_was_changed(target, 
     assert file.read_text(encoding="utf-8") == "[]"
 
 
-def test_segmentations_whose_values_stay_are_linked(nnunet_raw, tmp_path, save, ct, rotated, scans):
+def test_segmentations_whose_values_stay_are_linked(raw, tmp_path, save, ct, rotated, scans):
     organs = np.zeros(ct().shape, np.uint8)
     organs[2:5, 4:8, 4:8] = 2
     label = FileVolume(save(tmp_path / "in" / "seg.nii.gz", organs, direction=rotated))
-    target = DatasetTarget(nnunet_raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1, "spleen": 2})
+    target = DatasetTarget(raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1, "spleen": 2})
     write_dataset([Case("a", scans("a").channels, label, {0: 0, 1: 1, 2: 2})], target)
     assert (target.folder / "labelsTr" / "a.nii.gz").resolve() == label.path
 
@@ -313,12 +313,12 @@ def test_segmentations_whose_values_stay_are_linked(nnunet_raw, tmp_path, save, 
     ("change", "message"),
     [("values", "unexpected values \\[7\\]"), ("shape", "size 20 x 16 x 11"), ("fraction", "no whole numbers")],
 )
-def test_labels_that_do_not_fit(nnunet_raw, tmp_path, save, ct, rotated, scans, change, message):
+def test_labels_that_do_not_fit(raw, tmp_path, save, ct, rotated, scans, change, message):
     organs = np.zeros(ct().shape, np.float32)
     organs[2:5, 4:8, 4:8] = 2.5 if change == "fraction" else 7
     array = organs[:-1] if change == "shape" else organs
     label = FileVolume(save(tmp_path / "in" / "seg.nrrd", array, direction=rotated))
-    target = DatasetTarget(nnunet_raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1})
+    target = DatasetTarget(raw / "Dataset010_Organs", CT, {"background": 0, "liver": 1})
     with pytest.raises(CasesFailed, match=message):
         write_dataset([Case("a", scans("a").channels, label, {0: 0, 1: 1})], target)
 
@@ -354,11 +354,11 @@ def test_options_that_cannot_be(options, message):
         WriteOptions(**options)
 
 
-def test_rounded_headers_are_made_equal(nnunet_raw, tmp_path, save, ct):
+def test_rounded_headers_are_made_equal(raw, tmp_path, save, ct):
     array = np.abs(ct()) + 5
     first = FileVolume(save(tmp_path / "a.nii.gz", array, (1, 1, 2)))
     second = FileVolume(save(tmp_path / "b.nii.gz", array, (1.0004, 1, 2)))
-    target = DatasetTarget(nnunet_raw / "Dataset802_T", (Channel("T1", "MR"), Channel("T2", "MR", "_0001")))
+    target = DatasetTarget(raw / "Dataset802_T", (Channel("T1", "MR"), Channel("T2", "MR", "_0001")))
     write_dataset([Case("x", (first, second))], target)
     written = sitk.ReadImage(str(target.folder / "imagesTr" / "x_0001.nii.gz"))
     assert written.GetSpacing() == (1, 1, 2)

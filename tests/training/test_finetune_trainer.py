@@ -85,19 +85,13 @@ def test_the_environment_says_what_may_be_adapted(
     assert "kernel 1x3x3 -> 3x3x3, centred" in open(trainer.log_file, encoding="utf-8").read()
 
 
-def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, monkeypatch, tmp_path):
+def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, request, tmp_path):
     trainer.initialize()
     path = tmp_path / "checkpoint_latest.pth"
     trainer.save_checkpoint(str(path))
     before = path.read_bytes()
     assert torch.load(path, weights_only=False)["trainer_name"] == "FinetuneTrainer"
-
-    def full(value, file):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    request.getfixturevalue("full_disk")
     with pytest.raises(OSError, match="No space left"):
         trainer.save_checkpoint(str(path))
     assert path.read_bytes() == before

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnssl_stc3d.files import written_whole
 
 
 class ContinuingTrainer(nnUNetTrainer):
@@ -43,7 +44,5 @@ class ContinuingTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, whole before it takes its name."""
-        beside = f"{filename}.part"
-        super().save_checkpoint(beside)
-        if os.path.isfile(beside):
-            os.replace(beside, filename)
+        with written_whole(filename) as beside:
+            super().save_checkpoint(str(beside))

@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method
+from nnssl_stc3d.files import written_whole
 
 TRAINERS_FILE = "benchmark_trainers.py"
 # Pretrainings log their monitors as often as this, finetunings validate as often.
@@ -301,6 +302,5 @@ def write_whole(file: Path, text: str) -> None:
     if file.is_file() and file.read_text(encoding="utf-8") == text:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+    with written_whole(file) as beside:
+        beside.write_text(text, encoding="utf-8")

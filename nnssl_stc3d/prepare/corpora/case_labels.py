@@ -7,6 +7,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.prepare.record import Record
 
 CASE_LABELS_FILE = "case_labels.csv"
@@ -47,10 +48,6 @@ def write_case_labels(folder: Path, labels: Mapping[str, tuple[str, str]]) -> Pa
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
     writer.writerows([case, *rows[case]] for case in sorted(rows) if case in written)
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_text(text.getvalue(), encoding="utf-8", newline="")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(file) as beside:
+        beside.write_text(text.getvalue(), encoding="utf-8", newline="")
     return file

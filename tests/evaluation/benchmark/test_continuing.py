@@ -128,22 +128,13 @@ def test_loader_workers_of_a_continued_finetuning_begin_elsewhere(make_trainer, 
 
 
 @pytest.mark.parametrize("parent", [nnUNetTrainer, STC3DFinetuneTrainer])
-def test_a_checkpoint_is_whole_before_it_takes_its_name(make_trainer, parent, monkeypatch, tmp_path):
+def test_a_checkpoint_is_whole_before_it_takes_its_name(make_trainer, parent, request, tmp_path):
     trainer = make_trainer(parent, "saved")
     trainer.initialize()
     path = tmp_path / "checkpoint_latest.pth"
     trainer.save_checkpoint(str(path))
     before = path.read_bytes()
-
-    def full(value, file):
-        with open(file, "wb") as opened:
-            opened.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
+    request.getfixturevalue("full_disk")
     with pytest.raises(OSError, match="No space left"):
         trainer.save_checkpoint(str(path))
-    assert path.read_bytes() == before
-    trainer.disable_checkpointing = True
-    trainer.save_checkpoint(str(tmp_path / "other.pth"))
-    assert not (tmp_path / "other.pth").exists()
+    assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
