@@ -271,7 +271,7 @@ def _warnings(
                 "that spacing: much of it would be padding. Follow plans with a smaller patch, or use larger volumes."
             )
         # Pretraining trainers show about half of the patch, and refuse what is too small for that.
-        least = least_volume(patch // 2)
+        least = least_volume((patch // 2).tolist())
         if flat := int((sizes < least).any(axis=1).sum()):
             found.append(
                 f"{flat} of the {len(sizes)} volumes of {own.dataset} are too small to be pretrained on: at that "
