@@ -64,7 +64,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="of every pretraining, such as 5000steps, 30min, 12h (default: %(default)s)",
     )
     parser.add_argument(
-        "--finetuning", default="stc3d", metavar="NAMES", help=f"schedules, of {','.join(SCHEDULES)} (default: stc3d)"
+        "--finetuning",
+        default="stc3d",
+        metavar="NAMES",
+        help=f"schedules, of {','.join(SCHEDULES)}; stc3d@0.003 for a learning rate of your own (default: stc3d)",
     )
     parser.add_argument(
         "--finetuning-steps", type=int, default=25_000, metavar="N", help="of every finetuning (default: %(default)s)"

@@ -19,10 +19,10 @@ from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
 from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 from nnssl_stc3d.evaluation.benchmark.methods import (
     ABLATIONS,
-    SCHEDULES,
     SCRATCH,
     Method,
     find_methods,
+    split_schedule,
     with_options,
 )
 from nnssl_stc3d.evaluation.benchmark.perturb import perturbed_kinds, write_perturbed
@@ -111,7 +111,7 @@ def benchmark(options: Options) -> int:
             copies = workspace.cases(f"{cases}-{perturbation}-{level}")
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
         steps = _steps(methods, options, settings, budget)
-        workspace.write_trainers(steps, options.finetuning_steps)
+        workspace.write_trainers(steps, options.finetuning_steps, options.schedules)
         runs = plan(steps=steps)
         failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
         # Before the report, which there is none of if all have failed.
@@ -136,12 +136,9 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
     methods = with_options(find_methods(names), options.options)
     if options.reference not in [SCRATCH, *(method.name for method in methods)]:
         raise ValueError(f"--reference must be one of the compared methods, got {options.reference}")
-    unknown = [name for name in options.schedules if name not in SCHEDULES]
-    if unknown or not options.schedules or len(set(options.schedules)) < len(options.schedules):
-        raise ValueError(
-            f"expected different ways of finetuning of {', '.join(SCHEDULES)}, got "
-            f"{', '.join(options.schedules) or 'none'}"
-        )
+    ways = [split_schedule(schedule) for schedule in options.schedules]
+    if not ways or len(set(ways)) < len(ways):
+        raise ValueError(f"expected different ways of finetuning, got {', '.join(options.schedules) or 'none'}")
     if min(options.seeds, options.jobs) < 1:
         raise ValueError(f"expected at least one seed and one job, got {options.seeds} and {options.jobs}")
     if options.tolerance < 0:
@@ -155,7 +152,7 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
     budget = Budget.parse(options.budget)
     if not budget.seconds and (budget.amount < EPOCHS or budget.amount % EPOCHS):
         raise ValueError(f"a budget in steps must be a multiple of {EPOCHS}, got {options.budget}")
-    trainers_source(dict.fromkeys(methods, 0), options.finetuning_steps)
+    trainers_source(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
     cases = options.cases or ("validation" if options.ablation else "test")
     return budget, methods, bool(options.ablation) or SCRATCH in options.methods, cases
 
@@ -182,7 +179,7 @@ def _steps(methods: Sequence[Method], options: Options, settings: Settings, budg
         return dict.fromkeys(methods, int(budget.amount))
     file = options.output / "seconds_per_step.json"
     measured: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps)
+    settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
     for method in methods:
         if method.key not in measured:
             measured[method.key] = _seconds_per_step(method, options, settings)

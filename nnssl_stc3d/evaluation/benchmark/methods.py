@@ -25,6 +25,29 @@ SCHEDULES = {
 }
 
 
+def split_schedule(schedule: str) -> tuple[str, float | None]:
+    """Name and learning rate of a way to finetune, such as "stc3d" or "stc3d@0.003".
+
+    Returns:
+        The name, of :data:`SCHEDULES`, and the learning rate; None for the trainer's own.
+
+    Raises:
+        ValueError: an unknown name, or something else than a positive learning rate.
+    """
+    name, at, text = schedule.partition("@")
+    if name not in SCHEDULES:
+        raise ValueError(f"expected ways of finetuning of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if not at:
+        return name, None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise ValueError(f"expected a positive learning rate after @, such as {name}@0.003, got {schedule!r}")
+    return name, rate
+
+
 @dataclass(frozen=True)
 class Method:
     """A pretraining trainer, with options that differ from its own.

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
-from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method
+from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, split_schedule
 from nnssl_stc3d.files import written_whole
 
 TRAINERS_FILE = "benchmark_trainers.py"
@@ -181,28 +182,31 @@ class Workspace:
             write_whole(record, json.dumps(known) + "\n")
         return int(known.index([count, seed]))
 
-    def write_trainers(self, steps: Mapping[Method, int], finetuning_steps: int) -> None:
-        """Writes the trainers of this benchmark, each a few lines.
-
-        Args:
-            steps: method -> steps of its pretraining; 0 while they are not known.
-            finetuning_steps: of every finetuning.
-        """
-        write_whole(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps))
+    def write_trainers(self, steps: Mapping[Method, int], finetuning_steps: int, schedules: Iterable[str]) -> None:
+        """Writes the trainers of this benchmark, each a few lines; see :func:`trainers_source`."""
+        write_whole(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps, schedules))
 
 
 def finetuning_trainer(schedule: str, steps: int) -> str:
-    """Name of the trainer of a finetuning schedule for a number of steps."""
-    return f"{SCHEDULES[schedule][1]}_{steps}steps"
+    """Name of the trainer of a finetuning schedule, with its learning rate if it has one, for a number of steps."""
+    name, rate = split_schedule(schedule)
+    trainer = f"{SCHEDULES[name][1]}_{steps}steps"
+    return trainer if rate is None else f"{trainer}_lr{re.sub(r'[^0-9e]', '_', f'{rate:g}')}"
 
 
-def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
+def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedules: Iterable[str]) -> str:
     """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options.
+
+    Args:
+        steps: method -> steps of its pretraining; 0 while they are not known.
+        finetuning_steps: of every finetuning.
+        schedules: of the finetunings.
 
     Raises:
         ValueError: a method has no such option, or not with such a value.
     """
-    modules = sorted({m.module for m in steps} | {module for module, _ in SCHEDULES.values() if module})
+    finetuning = {SCHEDULES[split_schedule(schedule)[0]][0] for schedule in schedules}
+    modules = sorted({m.module for m in steps} | finetuning - {""})
     lines = [
         '"""Trainers of one benchmark, written by nnssl_stc3d benchmark."""',
         "",
@@ -227,20 +231,29 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int) -> str:
             name = method.trainer_name(f"{number}steps")
             lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config
     per_epoch = finetuning_steps // EPOCHS
-    for schedule, (module, trainer) in SCHEDULES.items():
-        if schedule != STOCK:
-            name = finetuning_trainer(schedule, finetuning_steps)
-            lines += _subclass(name, f"ContinuingTrainer, {module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
-    lines += [
+    for schedule in schedules:
+        key, rate = split_schedule(schedule)
+        name, (module, trainer) = finetuning_trainer(schedule, finetuning_steps), SCHEDULES[key]
+        if key == STOCK:
+            lines += _stock_subclass(name, trainer, per_epoch, rate)
+            continue
+        lines += _subclass(name, f"ContinuingTrainer, {module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
+        lines += [] if rate is None else [f"    learning_rate = {rate!r}"]
+    return "\n".join(lines) + "\n"
+
+
+def _stock_subclass(name: str, parent: str, steps: int, rate: float | None) -> list[str]:
+    """Lines of nnU-Net's trainer of another length, which it has no class attributes for."""
+    return [
         "",
         "",
-        f"class {finetuning_trainer(STOCK, finetuning_steps)}(ContinuingTrainer, {SCHEDULES[STOCK][1]}):",
+        f"class {name}(ContinuingTrainer, {parent}):",
         "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
         "        super().__init__(plans, configuration, fold, dataset_json, device)",
-        f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {per_epoch}",
+        f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {steps}",
         f"        self.num_val_iterations_per_epoch = {VALIDATION_STEPS}",
+        *([] if rate is None else [f"        self.initial_lr = {rate!r}"]),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _check_options(method: Method) -> None:

@@ -8,7 +8,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, find_methods, with_options
+from nnssl_stc3d.evaluation.benchmark.methods import (
+    ABLATIONS,
+    METHODS,
+    SCHEDULES,
+    find_methods,
+    split_schedule,
+    with_options,
+)
 from nnssl_stc3d.evaluation.benchmark.workspace import finetuning_trainer, trainers_source
 from nnssl_stc3d.methods.stc3d import STC3DConfig
 from nnssl_stc3d.views.samplers import TransformRanges
@@ -18,9 +25,9 @@ from nnssl_stc3d.views.samplers import TransformRanges
 def written(tmp_path):
     """Writes the trainers of methods and imports them as nnU-Net does, by file."""
 
-    def write(steps):
+    def write(steps, schedules=SCHEDULES):
         file = tmp_path / "benchmark_trainers.py"
-        file.write_text(trainers_source(steps, 30), encoding="utf-8")
+        file.write_text(trainers_source(steps, 30, schedules), encoding="utf-8")
         spec = importlib.util.spec_from_file_location("benchmark_trainers", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -58,6 +65,27 @@ def test_finetunings_of_every_kind_have_the_same_number_of_steps(written):
         assert [base.__name__ for base in trainer.__bases__] == ["ContinuingTrainer", parent]
         if schedule != "stock":
             assert trainer.epochs * trainer.steps_per_epoch == 30
+
+
+def test_a_learning_rate_of_ones_own(written, tmp_path, monkeypatch, tiny_plans, tiny_dataset_json):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path))
+    plans = {**tiny_plans(), "continue_training": False}
+    schedules = ["stc3d", "stc3d@0.003", "stc3d@1e-5", "stock@0.5", "linear-probe@0.1"]
+    module = written({}, schedules)
+    names = [finetuning_trainer(schedule, 30) for schedule in schedules]
+    assert len(set(names)) == len(schedules) and all(name.isidentifier() for name in names)
+    # nnU-Net takes continue_training out of the plans that it gets.
+    args = ("3d_fullres", 0, tiny_dataset_json(), torch.device("cpu"))
+    trainers = [getattr(module, name)(dict(plans), *args) for name in names]
+    assert [trainer.initial_lr for trainer in trainers] == [3e-4, 0.003, 1e-5, 0.5, 0.1]
+    assert {trainer.num_epochs * trainer.num_iterations_per_epoch for trainer in trainers} == {30}
+
+
+@pytest.mark.parametrize("text", ["stc3d@", "stc3d@fast", "stock@0", "stock@-1", "stock@nan", "stock@inf"])
+def test_learning_rates_that_are_none(text):
+    with pytest.raises(ValueError, match="expected a positive learning rate after @, such as st"):
+        split_schedule(text)
 
 
 def test_variants_of_an_ablation_differ_and_share_what_is_equal():
@@ -101,7 +129,7 @@ def test_options_that_cannot_be_read(option):
 def test_options_that_a_method_does_not_have(option, reason):
     (method,) = with_options(find_methods(["stc3d"]), [option])
     with pytest.raises(ValueError, match=rf"stc3d \(.*{reason}"):
-        trainers_source({method: 0}, 30)
+        trainers_source({method: 0}, 30, ["stc3d"])
 
 
 @pytest.mark.parametrize("names", [[], ["stc3d", "stc3d"], ["mae"], [""]])
