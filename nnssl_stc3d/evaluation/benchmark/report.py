@@ -130,6 +130,8 @@ def _compare_perturbed(
 
 def verdict(rows: Sequence[Row]) -> str:
     """Which differences to the reference are significant, in a sentence."""
+    if all(row.method == row.reference for row in rows):
+        return f"Only {rows[0].reference} was run: there is nothing to compare it with, but its ways of finetuning."
     tested = [row for row in rows if row.p_adjusted is not None]
     if not tested:
         return f"Too few seeds, or no runs of {rows[0].reference}: nothing can be said about significance."

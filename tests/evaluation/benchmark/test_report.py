@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnssl_stc3d.evaluation.benchmark.report import write_report
-from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction
+from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, plan_runs
 
 
 @pytest.fixture
@@ -78,6 +78,17 @@ def test_unfinished_runs_are_counted_and_few_seeds_named(settings, runs, finish,
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "11 finetunings, 1 to 2 seeds for each figure. 1 planned finetunings are not finished." in page
     assert "Fewer than five seeds rarely decide anything" in page and "robustness" not in page.lower()
+
+
+def test_scratch_alone_shows_its_ways_of_finetuning(settings, finish, tmp_path):
+    runs = plan_runs(True, {}, ["stc3d", "stc3d@0.003"], [5], range(3))
+    for run in runs:
+        finish(run)
+    rows = write_report(runs, settings, {}, tmp_path / "report")
+    assert [(r.method, r.schedule, len(r.seeds)) for r in rows] == [("scratch", s, 3) for s in ("stc3d", "stc3d@0.003")]
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Only scratch was run" in page and '<td class="">stc3d@0.003</td>' in page
+    assert not (tmp_path / "report" / "differences.png").exists()
 
 
 def test_nothing_to_report(settings, runs, tmp_path):
