@@ -116,9 +116,9 @@ def _cached(folder: Path, cases: CaseDataset, identifier: str, key: str) -> bool
 def _write(folder: Path, cases: CaseDataset, identifier: str, rule: BodyRule, key: str) -> bool:
     shape = cases.shape(identifier)
     body, told_apart = body_mask(_coarse(cases, identifier, rule), rule)
-    # Ranks may come to the same case at the same time.
     try:
         folder.mkdir(exist_ok=True)
+        # Ranks may come to the same case at the same time.
         with written_whole(folder / f"{identifier}{_SUFFIX}", shared=True) as beside, beside.open("wb") as file:
             np.savez(
                 file,
