@@ -10,6 +10,7 @@ up, nothing is trained on them.
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import blosc2
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("dataset", type=Path, help="nnUNet_preprocessed/DatasetXXX_Name")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans")
     parser.add_argument("-c", dest="configuration", default="3d_fullres")
-    parser.add_argument("--pairs", type=int, default=200, help="ordered pairs of cases, drawn at random")
+    parser.add_argument("--pairs", type=int, default=200, help="ordered pairs of cases, drawn at random; all if there are fewer")
     parser.add_argument("--search", nargs="+", type=float, default=[AliceConfig().search], help="shares")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -63,8 +64,9 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     right: dict[str, list[np.ndarray]] = {name: [] for name in ("place in the body alone", *searches)}
     accepted: dict[str, list[np.ndarray]] = {name: [] for name in searches}
-    for _ in tqdm(range(options.pairs), unit="pair"):
-        names = [cases.identifiers[i] for i in rng.permutation(len(cases.identifiers))[:2]]
+    # Few cases have fewer pairs than wanted: each counts once, or the intervals would be too narrow.
+    pairs = rng.permutation(list(itertools.permutations(cases.identifiers, 2)))[: options.pairs]
+    for names in tqdm(pairs, unit="pair"):
         query, key = (guides[name] for name in names)
         first, second = (np.asarray(blosc2.open(str(folder / f"{n}_seg.b2nd"), mode="r")[0]) for n in names)
         cells = labelled_cells(query, first, rng)
@@ -75,7 +77,7 @@ def main() -> None:
             matches, good = match_cells(query, key, cells, config.max_cycle, config.min_score, search)
             right[name].append(label_at(second, cell_centers(key, matches)) == wanted)
             accepted[name].append(good)
-    print(f"\n{len(cases.identifiers)} cases, {options.pairs} ordered pairs, up to {POINTS} cells inside organs each\n")
+    print(f"\n{len(cases.identifiers)} cases, {len(pairs)} ordered pairs, up to {POINTS} cells inside organs each\n")
     print("| | accepted | of these in the same organ | 95 % over pairs | of the rejected |\n|---|---|---|---|---|")
     for name, hits in right.items():
         keep = accepted.get(name, [np.ones(len(h), dtype=bool) for h in hits])
