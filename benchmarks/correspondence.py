@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("dataset", type=Path, help="nnUNet_preprocessed/DatasetXXX_Name")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans")
     parser.add_argument("-c", dest="configuration", default="3d_fullres")
-    parser.add_argument("--pairs", type=int, default=200, help="ordered pairs of cases, drawn at random; all if there are fewer")
+    parser.add_argument(
+        "--pairs", type=int, default=200, help="ordered pairs of cases, drawn at random; all if there are fewer"
+    )
     parser.add_argument("--search", nargs="+", type=float, default=[AliceConfig().search], help="shares")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
