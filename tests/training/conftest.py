@@ -66,15 +66,15 @@ def nnunet(tmp_path, monkeypatch, tiny_plans, tiny_dataset_json) -> Path:
 
 @pytest.fixture
 def make_trainer(nnunet, tiny_plans, tiny_dataset_json) -> Callable[..., Any]:
-    """Function ``(trainer=TinyTrainer, plans=None, configuration="3d_fullres", fold="all", channels=1) -> trainer``."""
+    """Function that makes a trainer; its parameters have the defaults of ``make``."""
 
-    def make(trainer=TinyTrainer, plans=None, configuration="3d_fullres", fold="all", channels=1):
+    def make(trainer=TinyTrainer, plans=None, configuration="3d_fullres", fold="all", channels=1, device="cpu"):
         torch.manual_seed(0)
         # nnUNetv2_train puts this key into the plans and the trainer takes it out again.
         plans = {**(plans or tiny_plans()), "continue_training": False}
         for settings in plans["configurations"].values():
             settings.setdefault("batch_dice", False)
-        return trainer(plans, configuration, fold, tiny_dataset_json(channels), torch.device("cpu"))
+        return trainer(plans, configuration, fold, tiny_dataset_json(channels), torch.device(device))
 
     return make
 
