@@ -27,6 +27,7 @@ from nnssl_stc3d.evaluation.benchmark.methods import (
 )
 from nnssl_stc3d.evaluation.benchmark.perturb import perturbed_kinds, write_perturbed
 from nnssl_stc3d.evaluation.benchmark.report import write_report
+from nnssl_stc3d.evaluation.benchmark.results import finished
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings, plan_runs
 from nnssl_stc3d.evaluation.benchmark.tables import markdown
 from nnssl_stc3d.evaluation.benchmark.workspace import (
@@ -113,15 +114,24 @@ def benchmark(options: Options) -> int:
         steps = _steps(methods, options, settings, budget)
         workspace.write_trainers(steps, options.finetuning_steps, options.schedules)
         runs = plan(steps=steps)
-        failures = execute_all(runs, settings, options.threads, options.workers, options.jobs, options.gpus)
+        folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
+        tolerance = options.tolerance if surface_dice.is_available() else 0.0
+        facts = _facts(options, settings, steps, budget)
+
+        def report_so_far(left: set[int]) -> None:
+            """People look before everything is finished."""
+            over = [run for run in runs if run.seed not in left]
+            if finished(over, settings):
+                so_far = {"so far": f"{options.seeds - len(left)} of {options.seeds} seeds"}
+                write_report(over, settings, so_far | facts, folder, tolerance, options.reference)
+
+        failures = execute_all(
+            runs, settings, options.threads, options.workers, options.jobs, options.gpus, report_so_far
+        )
         # Before the report, which there is none of if all have failed.
         for failure in failures:
             print(failure, file=sys.stderr)
-        folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
-        tolerance = options.tolerance if surface_dice.is_available() else 0.0
-        rows = write_report(
-            runs, settings, _facts(options, settings, steps, budget), folder, tolerance, options.reference
-        )
+        rows = write_report(runs, settings, facts, folder, tolerance, options.reference)
         print(f"\n{markdown(rows, 'Dice')}\nWrote {folder / 'index.html'}")
         if options.tolerance and not tolerance:
             print(f"Left out: {surface_dice.MISSING}")

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from time import time
@@ -156,7 +156,13 @@ def _continued(earlier: Spent | None, seconds: float, joules: float | None) -> S
 
 
 def execute_all(
-    runs: Sequence[Run], settings: Settings, threads: int, workers: int, jobs: int, gpus: Sequence[str] = ()
+    runs: Sequence[Run],
+    settings: Settings,
+    threads: int,
+    workers: int,
+    jobs: int,
+    gpus: Sequence[str] = (),
+    on_seed: Callable[[set[int]], None] | None = None,
 ) -> list[str]:
     """Executes runs under one progress line with the time left; a failure stops only what starts from it.
 
@@ -167,6 +173,7 @@ def execute_all(
         workers: nnUNet_n_proc_DA of each run.
         jobs: runs side by side, on each GPU where there are several.
         gpus: names for CUDA_VISIBLE_DEVICES.
+        on_seed: called with the seeds that are left, whenever all runs of a seed are over and others are left.
 
     Returns:
         Messages of the failures.
@@ -208,6 +215,9 @@ def execute_all(
                         failed.add(run)
                         failures.append(f"{run.name}: {error}")
                     bar.update()
+                    left = {r.seed for r in [*waiting, *(r for r, _ in running.values())]}
+                    if on_seed and left and run.seed not in left:
+                        on_seed(left)
         except BaseException:
             # An interrupt: the pool waits for its threads, and they for their programs.
             programs.end()

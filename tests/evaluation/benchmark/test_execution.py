@@ -68,6 +68,21 @@ def test_a_failure_stops_only_what_starts_from_it(calls, runs, settings):
     assert sorted(failures[1:]) == sorted(f"{r.name}: left out, what it starts from failed" for r in orphans)
 
 
+def test_it_tells_when_a_seed_is_over(calls, runs, settings):
+    made, failing = calls
+    broken = next(run for run in runs if isinstance(run, Finetuning) and run.seed == 0)
+    failing.add(broken.name)
+    told = []
+
+    def on_seed(left):
+        without = {run for run in runs if run == broken or run.after == broken}
+        assert {run for run in runs if run.seed not in left} <= {run for run, _ in made} | without
+        told.append(left)
+
+    execute_all(runs, settings, 1, 0, jobs=2, on_seed=on_seed)
+    assert told == [{1, 2, 3, 4}, {2, 3, 4}, {3, 4}, {4}], "and not when everything is over"
+
+
 def test_an_interrupted_benchmark_ends_what_runs(monkeypatch, runs, settings, tmp_path):
     codes = []
 
