@@ -44,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     parser.add_argument(
         "--set", dest="options", action="append", default=[], metavar="METHOD.OPTION=VALUE",
-        help="change an option of a method, such as vox2vec.points=100",
+        help="change an option of a method, such as vox2vec.points=100 or stc3d.transforms.rotation=15",
     )  # fmt: skip
     parser.add_argument(
         "--labels",

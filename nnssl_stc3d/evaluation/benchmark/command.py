@@ -36,7 +36,6 @@ from nnssl_stc3d.evaluation.benchmark.workspace import (
     EPOCHS,
     Dataset,
     Workspace,
-    trainers_source,
     write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
@@ -162,7 +161,6 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
     budget = Budget.parse(options.budget)
     if not budget.seconds and (budget.amount < EPOCHS or budget.amount % EPOCHS):
         raise ValueError(f"a budget in steps must be a multiple of {EPOCHS}, got {options.budget}")
-    trainers_source(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
     cases = options.cases or ("validation" if options.ablation else "test")
     return budget, methods, bool(options.ablation) or SCRATCH in options.methods, cases
 

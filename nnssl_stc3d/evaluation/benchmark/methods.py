@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,18 @@ class Method:
     def module(self) -> str:
         """Module of nnssl_stc3d.trainers that has the trainer."""
         return re.split(r"(?:Paper|Official)?PretrainTrainer", self.trainer)[0].lower()
+
+    def config(self) -> Any:
+        """The trainer's configuration with the changed options.
+
+        Raises:
+            ValueError: it has no such option, or not with such a value.
+        """
+        trainer = getattr(importlib.import_module(f"nnssl_stc3d.trainers.{self.module}"), self.trainer)
+        try:
+            return replace(trainer.config, **dict(self.changes))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.described()}: {error}") from None
 
     @property
     def key(self) -> str:
@@ -192,27 +205,41 @@ def with_options(methods: Sequence[Method], options: Sequence[str]) -> list[Meth
 
     Args:
         methods: to compare.
-        options: such as "vox2vec.points=100": the name of a method, an option of its configuration, a Python literal.
+        options: such as "vox2vec.points=100" or "stc3d.transforms.rotation=15": the name of a method, an option of its
+            configuration or of a part of it, a Python literal.
 
     Raises:
-        ValueError: an option that cannot be read, or of a method that is not compared.
+        ValueError: an option that cannot be read, that does not exist, or of a method that is not compared.
     """
     changed = {method.name: method for method in methods}
     for option in options:
-        match = re.fullmatch(r"([\w-]+)\.(\w+)=(.+)", option)
+        match = re.fullmatch(r"([\w-]+)\.(\w+)(?:\.(\w+))?=(.+)", option)
         if not match or match[1] not in changed:
             raise ValueError(
                 f"expected METHOD.OPTION=VALUE with a method of {', '.join(changed) or 'none'}, such as "
-                f"vox2vec.points=100, got {option!r}"
+                f"vox2vec.points=100 or stc3d.transforms.rotation=15, got {option!r}"
             )
-        try:
-            value = ast.literal_eval(match[3])
-        except (ValueError, SyntaxError):
-            value = match[3]
-        method = changed[match[1]]
-        changes = {**dict(method.changes), match[2]: tuple(value) if isinstance(value, list) else value}
+        method, key, part = changed[match[1]], match[2], match[3]
+        value = _literal(match[4])
+        if part:
+            try:
+                value = replace(getattr(method.config(), key), **{part: value})
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(f"{option!r} cannot be set: {error}") from None
+        changes = dict(method.changes) | {key: value}
         changed[match[1]] = replace(method, changes=tuple(changes.items()))
+    for method in changed.values():
+        method.config()
     return list(changed.values())
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, a list as a tuple; what is none is a string."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def find_methods(names: Sequence[str]) -> list[Method]:

@@ -5,8 +5,6 @@ Nothing is written into the user's folders. The test cases are not linked, so th
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import os
 import re
@@ -201,9 +199,6 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
         steps: method -> steps of its pretraining; 0 while they are not known.
         finetuning_steps: of every finetuning.
         schedules: of the finetunings.
-
-    Raises:
-        ValueError: a method has no such option, or not with such a value.
     """
     finetuning = {SCHEDULES[split_schedule(schedule)[0]][0] for schedule in schedules}
     modules = sorted({m.module for m in steps} | finetuning - {""})
@@ -221,7 +216,6 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
     ]
     for method, number in steps.items():
         parent = f"{method.module}.{method.trainer}"
-        _check_options(method)
         # nnU-Net imports the module in the seeded process, so that every seed has views of its own.
         values = {"seed": "torch.initial_seed()"} | {key: repr(value) for key, value in method.changes}
         changes = ", ".join(f"{key}={value}" for key, value in values.items())
@@ -254,14 +248,6 @@ def _stock_subclass(name: str, parent: str, steps: int, rate: float | None) -> l
         f"        self.num_val_iterations_per_epoch = {VALIDATION_STEPS}",
         *([] if rate is None else [f"        self.initial_lr = {rate!r}"]),
     ]
-
-
-def _check_options(method: Method) -> None:
-    trainer = getattr(importlib.import_module(f"nnssl_stc3d.trainers.{method.module}"), method.trainer)
-    try:
-        dataclasses.replace(trainer.config, **dict(method.changes))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{method.described()}: {error}") from None
 
 
 def _subclass(name: str, parents: str, epochs: int, steps: int, validation_steps: int) -> list[str]:

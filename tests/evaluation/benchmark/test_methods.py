@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -117,6 +117,15 @@ def test_options_of_a_method():
     assert METHODS["vox2vec"].changes == ()
 
 
+def test_an_option_of_a_part_leaves_the_others(written):
+    options = ["stc3d.transforms.rotation=15", "stc3d.transforms.scaling=[0.9, 1.1]", "pimpic.transforms.rotation=15"]
+    stc3d, pimpic = with_options(find_methods(["stc3d", "pimpic"]), options)
+    expected = TransformRanges(rotation=15, scaling=(0.9, 1.1))
+    assert stc3d.config().transforms == expected != STC3DConfig().transforms
+    assert pimpic.config().transforms == replace(TransformRanges.none(), rotation=15), "what the method had before"
+    assert getattr(written({stc3d: 250}), stc3d.trainer_name("250steps")).config.transforms == expected
+
+
 @pytest.mark.parametrize("option", ["points=100", "voco.points=100", "stc3d.points", "stc3d."])
 def test_options_that_cannot_be_read(option):
     with pytest.raises(ValueError, match="METHOD.OPTION=VALUE with a method of stc3d"):
@@ -124,12 +133,19 @@ def test_options_that_cannot_be_read(option):
 
 
 @pytest.mark.parametrize(
-    ("option", "reason"), [("stc3d.pints=1", "pints"), ("stc3d.grid=(1, 1, 1)", "at least 2 bases")]
+    ("option", "reason"),
+    [
+        ("stc3d.pints=1", "pints"),
+        ("stc3d.grid=(1, 1, 1)", "at least 2 bases"),
+        ("stc3d.transforms.rotation=200", "0..180 degrees, got 200"),
+        ("stc3d.transforms.turn=1", "turn"),
+        ("stc3d.grid.rotation=1", "dataclass"),
+        ("stc3d.pints.rotation=1", "pints"),
+    ],
 )
 def test_options_that_a_method_does_not_have(option, reason):
-    (method,) = with_options(find_methods(["stc3d"]), [option])
-    with pytest.raises(ValueError, match=rf"stc3d \(.*{reason}"):
-        trainers_source({method: 0}, 30, ["stc3d"])
+    with pytest.raises(ValueError, match=rf"stc3d.*{reason}"):
+        with_options(find_methods(["stc3d"]), [option])
 
 
 @pytest.mark.parametrize("names", [[], ["stc3d", "stc3d"], ["mae"], [""]])
