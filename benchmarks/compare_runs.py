@@ -1,4 +1,4 @@
-r"""Compares runs whose mean scores are in a CSV: method, labels, seed, mean, and a column for each structure.
+r"""Compares the runs of a benchmark from its runs.csv alone.
 
     python benchmarks/compare_runs.py documentation/data/few_label_methods.csv --reference stc3d --figure OUT.png
 
@@ -19,12 +19,12 @@ from nnssl_stc3d.evaluation.benchmark.tables import signed
 
 
 def read(file: Path) -> list[Result]:
-    """Runs of the CSV, each as one case."""
+    """Dice of the runs, each as one case."""
     with open(file, encoding="utf-8", newline="") as opened:
-        lines = list(csv.DictReader(opened))
-    names = [name for name in lines[0] if name not in ("method", "labels", "seed", "mean")]
+        lines = [line for line in csv.DictReader(opened) if line["score"] == "Dice"]
+    names = [name for name in lines[0] if name not in ("score", "method", "finetuning", "labels", "seed", "mean")]
     return [
-        Result(r["method"], "stc3d", int(r["labels"]), int(r["seed"]), {"all": {n: float(r[n]) for n in names}})
+        Result(r["method"], r["finetuning"], int(r["labels"]), int(r["seed"]), {"all": {n: float(r[n]) for n in names}})
         for r in lines
     ]
 
