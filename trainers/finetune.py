@@ -1,11 +1,19 @@
 """Finetuning trainers."""
 
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (
+    nnUNetTrainerNoMirroring,
+)
+
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.variants import with_epochs
 
 
 class STC3DFinetuneTrainer(FinetuneTrainer):
     """Finetuning schedule of STC3D A.3.3; its own class name keeps it apart from stock results."""
+
+
+class STC3DFinetuneTrainerNoMirroring(nnUNetTrainerNoMirroring, FinetuneTrainer):
+    """Finetuning without mirrored images, for structures that lie on one side and for short schedules."""
 
 
 class STC3DFrozenStartTrainer(FinetuneTrainer):
@@ -29,6 +37,11 @@ STC3DFinetuneTrainer_5epochs = with_epochs(STC3DFinetuneTrainer, 5)
 STC3DFinetuneTrainer_10epochs = with_epochs(STC3DFinetuneTrainer, 10)
 STC3DFinetuneTrainer_50epochs = with_epochs(STC3DFinetuneTrainer, 50)
 STC3DFinetuneTrainer_100epochs = with_epochs(STC3DFinetuneTrainer, 100)
+STC3DFinetuneTrainerNoMirroring_1epoch = with_epochs(STC3DFinetuneTrainerNoMirroring, 1)
+STC3DFinetuneTrainerNoMirroring_5epochs = with_epochs(STC3DFinetuneTrainerNoMirroring, 5)
+STC3DFinetuneTrainerNoMirroring_10epochs = with_epochs(STC3DFinetuneTrainerNoMirroring, 10)
+STC3DFinetuneTrainerNoMirroring_50epochs = with_epochs(STC3DFinetuneTrainerNoMirroring, 50)
+STC3DFinetuneTrainerNoMirroring_100epochs = with_epochs(STC3DFinetuneTrainerNoMirroring, 100)
 STC3DFrozenStartTrainer_1epoch = with_epochs(STC3DFrozenStartTrainer, 1)
 STC3DFrozenStartTrainer_5epochs = with_epochs(STC3DFrozenStartTrainer, 5)
 STC3DFrozenStartTrainer_10epochs = with_epochs(STC3DFrozenStartTrainer, 10)

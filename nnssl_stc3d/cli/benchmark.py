@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nnssl_stc3d.cli.datasets import environment_folder, find_dataset_folder, preprocessed_folder
-from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, SCHEDULES, SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, NO_MIRRORING, SCHEDULES, SCRATCH
 from nnssl_stc3d.evaluation.benchmark.perturb import STRENGTHS
 
 DESCRIPTION = """\
@@ -67,7 +67,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--finetuning",
         default="stc3d",
         metavar="NAMES",
-        help=f"schedules, of {','.join(SCHEDULES)}; stc3d@0.003 for a learning rate of your own (default: stc3d)",
+        help=f"schedules, of {','.join(SCHEDULES)}; each also with {NO_MIRRORING} at its end, and with a learning rate "
+        "of your own as stc3d@0.003 (default: stc3d)",
     )
     parser.add_argument(
         "--finetuning-steps", type=int, default=25_000, metavar="N", help="of every finetuning (default: %(default)s)"

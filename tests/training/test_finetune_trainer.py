@@ -9,6 +9,7 @@ import torch
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnssl_stc3d.trainers.finetune import STC3DFinetuneTrainer, STC3DFinetuneTrainerNoMirroring
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 
 
@@ -109,3 +110,16 @@ def test_a_variable_that_is_not_set_is_named(make_trainer, monkeypatch):
     monkeypatch.delenv("nnUNet_results")
     with pytest.raises(RuntimeError, match="nnUNet_results is not set.*export nnUNet_results="):
         make_trainer(FinetuneTrainer, fold=0)
+
+
+@pytest.mark.parametrize("mirroring", [True, False])
+def test_mirroring_can_be_left_out(make_trainer, mirroring):
+    """Of training, and of every prediction: the checkpoint says so to ``nnUNetv2_predict``."""
+    trainer = make_trainer(STC3DFinetuneTrainer if mirroring else STC3DFinetuneTrainerNoMirroring, fold=0)
+    trainer.initialize()
+    assert type(trainer.optimizer) is torch.optim.AdamW
+    # The loaders are made of it; only then the prediction's axes are final.
+    *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    trainer.save_checkpoint(trainer.output_folder + "/checkpoint.pth")
+    saved = torch.load(trainer.output_folder + "/checkpoint.pth", weights_only=False)
+    assert axes == saved["inference_allowed_mirroring_axes"] == ((0, 1, 2) if mirroring else None)

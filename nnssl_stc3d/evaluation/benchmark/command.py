@@ -22,7 +22,7 @@ from nnssl_stc3d.evaluation.benchmark.methods import (
     SCRATCH,
     Method,
     find_methods,
-    split_schedule,
+    parse_schedule,
     with_options,
 )
 from nnssl_stc3d.evaluation.benchmark.perturb import perturbed_kinds, write_perturbed
@@ -145,7 +145,7 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
     methods = with_options(find_methods(names), options.options)
     if options.reference not in [SCRATCH, *(method.name for method in methods)]:
         raise ValueError(f"--reference must be one of the compared methods, got {options.reference}")
-    ways = [split_schedule(schedule) for schedule in options.schedules]
+    ways = [parse_schedule(schedule) for schedule in options.schedules]
     if not ways or len(set(ways)) < len(ways):
         raise ValueError(f"expected different ways of finetuning, got {', '.join(options.schedules) or 'none'}")
     if min(options.seeds, options.jobs) < 1:

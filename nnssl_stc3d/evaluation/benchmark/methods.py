@@ -8,7 +8,7 @@ import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnssl_stc3d.views.samplers import TransformRanges
 
@@ -25,28 +25,47 @@ SCHEDULES = {
     "nonlinear-probe-decoder": ("probe", "STC3DNonlinearProbeDecoderTrainer"),
 }
 
+NO_MIRRORING = "-no-mirroring"
+"""Ending of a way of finetuning that neither augments with mirrored images nor mirrors at prediction."""
 
-def split_schedule(schedule: str) -> tuple[str, float | None]:
-    """Name and learning rate of a way to finetune, such as "stc3d" or "stc3d@0.003".
 
-    Returns:
-        The name, of :data:`SCHEDULES`, and the learning rate; None for the trainer's own.
+class Schedule(NamedTuple):
+    """A way of finetuning.
+
+    Attributes:
+        name: of :data:`SCHEDULES`.
+        mirroring: as nnU-Net does, in training and at prediction.
+        learning_rate: None for the trainer's own.
+    """
+
+    name: str
+    mirroring: bool = True
+    learning_rate: float | None = None
+
+
+def parse_schedule(schedule: str) -> Schedule:
+    """Read a way of finetuning such as "stc3d", "stc3d@0.003" or "stc3d-no-mirroring@0.003".
 
     Raises:
         ValueError: an unknown name, or something else than a positive learning rate.
     """
-    name, at, text = schedule.partition("@")
+    full, at, text = schedule.partition("@")
+    name = full.removesuffix(NO_MIRRORING)
     if name not in SCHEDULES:
-        raise ValueError(f"expected ways of finetuning of {', '.join(SCHEDULES)}, got {schedule!r}")
+        raise ValueError(
+            f"expected ways of finetuning of {', '.join(SCHEDULES)}, each also with {NO_MIRRORING} at its end, got "
+            f"{schedule!r}"
+        )
+    mirroring = name == full
     if not at:
-        return name, None
+        return Schedule(name, mirroring)
     try:
         rate = float(text)
     except ValueError:
         rate = 0.0
     if not 0 < rate < float("inf"):
         raise ValueError(f"expected a positive learning rate after @, such as {name}@0.003, got {schedule!r}")
-    return name, rate
+    return Schedule(name, mirroring, rate)
 
 
 @dataclass(frozen=True)

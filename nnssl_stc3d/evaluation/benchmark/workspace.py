@@ -17,7 +17,7 @@ from typing import Any
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
-from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, split_schedule
+from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, parse_schedule
 from nnssl_stc3d.files import written_whole
 
 TRAINERS_FILE = "benchmark_trainers.py"
@@ -187,8 +187,8 @@ class Workspace:
 
 def finetuning_trainer(schedule: str, steps: int) -> str:
     """Name of the trainer of a finetuning schedule, with its learning rate if it has one, for a number of steps."""
-    name, rate = split_schedule(schedule)
-    trainer = f"{SCHEDULES[name][1]}_{steps}steps"
+    name, mirroring, rate = parse_schedule(schedule)
+    trainer = f"{SCHEDULES[name][1]}{'' if mirroring else 'NoMirroring'}_{steps}steps"
     return trainer if rate is None else f"{trainer}_lr{re.sub(r'[^0-9e]', '_', f'{rate:g}')}"
 
 
@@ -200,7 +200,7 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
         finetuning_steps: of every finetuning.
         schedules: of the finetunings.
     """
-    finetuning = {SCHEDULES[split_schedule(schedule)[0]][0] for schedule in schedules}
+    finetuning = {SCHEDULES[parse_schedule(schedule).name][0] for schedule in schedules}
     modules = sorted({m.module for m in steps} | finetuning - {""})
     lines = [
         '"""Trainers of one benchmark, written by nnssl_stc3d benchmark."""',
@@ -209,6 +209,9 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
         "",
         "import torch",
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer",
+        "from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoMirroring import (",
+        "    nnUNetTrainerNoMirroring,",
+        ")",
         "",
         *(f"from nnssl_stc3d.trainers import {module}" for module in modules),
         "from nnssl_stc3d.evaluation.benchmark.continuing import ContinuingTrainer",
@@ -226,22 +229,24 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
             lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config
     per_epoch = finetuning_steps // EPOCHS
     for schedule in schedules:
-        key, rate = split_schedule(schedule)
+        key, mirroring, rate = parse_schedule(schedule)
         name, (module, trainer) = finetuning_trainer(schedule, finetuning_steps), SCHEDULES[key]
+        # nnU-Net's own variant goes on top: it changes what the trainers below it have set up.
+        parents = f"ContinuingTrainer, {'' if mirroring else 'nnUNetTrainerNoMirroring, '}"
         if key == STOCK:
-            lines += _stock_subclass(name, trainer, per_epoch, rate)
+            lines += _stock_subclass(name, parents + trainer, per_epoch, rate)
             continue
-        lines += _subclass(name, f"ContinuingTrainer, {module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
+        lines += _subclass(name, f"{parents}{module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
         lines += [] if rate is None else [f"    learning_rate = {rate!r}"]
     return "\n".join(lines) + "\n"
 
 
-def _stock_subclass(name: str, parent: str, steps: int, rate: float | None) -> list[str]:
+def _stock_subclass(name: str, parents: str, steps: int, rate: float | None) -> list[str]:
     """Lines of nnU-Net's trainer of another length, which it has no class attributes for."""
     return [
         "",
         "",
-        f"class {name}(ContinuingTrainer, {parent}):",
+        f"class {name}({parents}):",
         "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
         "        super().__init__(plans, configuration, fold, dataset_json, device)",
         f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {steps}",

@@ -13,7 +13,7 @@ from nnssl_stc3d.evaluation.benchmark.methods import (
     METHODS,
     SCHEDULES,
     find_methods,
-    split_schedule,
+    parse_schedule,
     with_options,
 )
 from nnssl_stc3d.evaluation.benchmark.workspace import finetuning_trainer, trainers_source
@@ -67,6 +67,31 @@ def test_finetunings_of_every_kind_have_the_same_number_of_steps(written):
             assert trainer.epochs * trainer.steps_per_epoch == 30
 
 
+def test_finetunings_without_mirroring(written, tmp_path, monkeypatch, tiny_plans, tiny_dataset_json):
+    """Neither in training nor at prediction; what else a trainer sets up stays."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path))
+    without = [f"{schedule}-no-mirroring@0.003" for schedule in SCHEDULES]
+    module = written({}, [*SCHEDULES, *without])
+    for schedule, mirrored in [(name, True) for name in SCHEDULES] + [(name, False) for name in without]:
+        plans = {**tiny_plans(), "continue_training": False}
+        trainer = getattr(module, finetuning_trainer(schedule, 30))(
+            plans, "3d_fullres", 0, tiny_dataset_json(), torch.device("cpu")
+        )
+        rotation, _, initial, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        assert axes == trainer.inference_allowed_mirroring_axes == ((0, 1, 2) if mirrored else None), schedule
+        assert rotation is not None and min(initial) > 0
+        assert trainer.num_epochs * trainer.num_iterations_per_epoch == 30
+        if not mirrored:
+            assert trainer.initial_lr == 0.003
+
+
+def test_unknown_ways_of_finetuning():
+    with pytest.raises(ValueError, match="stc3d, stock.* each also with -no-mirroring .* got 'no-mirroring'"):
+        parse_schedule("no-mirroring")
+    assert parse_schedule("linear-probe-no-mirroring@0.1") == ("linear-probe", False, 0.1)
+
+
 def test_a_learning_rate_of_ones_own(written, tmp_path, monkeypatch, tiny_plans, tiny_dataset_json):
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -85,7 +110,7 @@ def test_a_learning_rate_of_ones_own(written, tmp_path, monkeypatch, tiny_plans,
 @pytest.mark.parametrize("text", ["stc3d@", "stc3d@fast", "stock@0", "stock@-1", "stock@nan", "stock@inf"])
 def test_learning_rates_that_are_none(text):
     with pytest.raises(ValueError, match="expected a positive learning rate after @, such as st"):
-        split_schedule(text)
+        parse_schedule(text)
 
 
 def test_variants_of_an_ablation_differ_and_share_what_is_equal():
