@@ -26,7 +26,8 @@ class PretrainConfig:
 
     Attributes:
         batch_size: volumes a step, over all GPUs.
-        view_shape: ``(Z, Y, X)`` voxels of every view; None takes half of the plan's patch size.
+        view_shape: ``(Z, Y, X)`` voxels of every view; None takes ``view_share`` of the plan's patch size.
+        view_share: along every axis, at most 1, the patch that the network will be finetuned on.
         optimizer: "adamw", "adam" or "sgd" (STC3D 3.4.3, with ``momentum`` and Nesterov).
         learning_rate: peak of the schedule.
         weight_decay: decoupled for AdamW.
@@ -43,6 +44,7 @@ class PretrainConfig:
 
     batch_size: int = 4
     view_shape: tuple[int, int, int] | None = None
+    view_share: float = 0.5
     optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
@@ -62,6 +64,8 @@ class PretrainConfig:
         not_negative(self, "weight_decay", "momentum", "warmup_steps", "intensity", "seed")
         if self.weight_decay_end is not None:
             not_negative(self, "weight_decay_end")
+        if not 0 < self.view_share <= 1:
+            raise ValueError(f"view_share is a share of the patch in (0, 1], got {self.view_share}")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must lie in [0, 1), got {self.beta2}")
         if self.view_shape is not None and (len(self.view_shape) != 3 or min(self.view_shape) < 1):
@@ -128,7 +132,7 @@ class PretrainMethod(nn.Module, ABC):
         """
         stride = total_stride(network)
         if config.view_shape is None:
-            return dataclasses.replace(config, view_shape=default_view_shape(patch_size, stride))
+            return dataclasses.replace(config, view_shape=default_view_shape(patch_size, stride, config.view_share))
         check_view_shape(config.view_shape, stride)
         return config
 
@@ -176,16 +180,19 @@ class PretrainMethod(nn.Module, ABC):
         del progress
 
 
-def default_view_shape(patch_size: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int]:
-    """Half the patch, rounded to what the network's strides divide, with at least 2 bottleneck voxels on two axes.
+def default_view_shape(
+    patch_size: Sequence[int], stride: Sequence[int], share: float = 0.5
+) -> tuple[int, int, int]:
+    """A share of the patch, rounded to what the network's strides divide, with 2 bottleneck voxels or more on two axes.
 
-    128^3 gives the 64^3 of STC3D, VoCo and PiMPiC.
+    Half of 128^3 is the 64^3 of STC3D, VoCo and PiMPiC.
 
     Args:
         patch_size: ``(Z, Y, X)`` of the plan.
         stride: total stride of the network.
+        share: along every axis.
     """
-    cells = [max(1, round(p / 2 / s)) for p, s in zip(patch_size, stride)]
+    cells = [max(1, round(p * share / s)) for p, s in zip(patch_size, stride)]
     # InstanceNorm cannot normalise a bottleneck of a single voxel.
     for axis in sorted(range(3), key=lambda a: -patch_size[a])[:2]:
         cells[axis] = max(2, cells[axis])

@@ -62,6 +62,9 @@ class STC3DConfig(PretrainConfig):
         dense_negatives: "batch" takes the points of all volumes as negatives, "volume" those of the same volume only,
             so that the same anatomy of two subjects is not pushed apart.
         dense_dim: width of the voxel embedding and its hidden layers.
+        stage_weight: of L_stages, the same contrast with the voxels of one stage of the decoder at a time (of the
+            encoder, where the decoder is untrained), each with a head of its own; the mean over the stages. L_dense
+            reads all stages together and may leave the last one empty, which segmentation layers read.
     """
 
     grid: tuple[int, int, int] = (2, 2, 2)
@@ -90,6 +93,7 @@ class STC3DConfig(PretrainConfig):
     dense_temperature: float = 0.1
     dense_negatives: str = "volume"
     dense_dim: int = 128
+    stage_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +109,8 @@ class STC3DConfig(PretrainConfig):
         )
         positive(self, "base_scale", "regions", "temperature", "projector_hidden", "projector_dim", "dense_points")
         positive(self, "dense_temperature", "dense_dim", "reg_margin")
-        not_negative(self, "pred_weight", "reg_weight", "info_nce_weight", "dense_weight", "neutral_overlap")
+        not_negative(self, "pred_weight", "reg_weight", "info_nce_weight", "dense_weight", "stage_weight")
+        not_negative(self, "neutral_overlap")
         if self.region_scale is not None:
             positive(self, "region_scale")
         if self.views_per_region < 2:
@@ -113,13 +118,18 @@ class STC3DConfig(PretrainConfig):
         three_positive(self, "grid", "bins")
         if self.needs_bases and max(self.grid) < 2:
             raise ValueError(f"position prediction and discrepancy need at least 2 bases, got grid {self.grid}")
-        if not (self.pred_weight or self.reg_weight or self.info_nce_weight or self.dense_weight):
+        if not (self.pred_weight or self.reg_weight or self.info_nce_weight or self.needs_points):
             raise ValueError("all loss weights are 0: there is nothing to train")
 
     @property
     def needs_bases(self) -> bool:
         """Whether a loss looks at the bases."""
         return self.pred_weight > 0 or (self.reg_weight > 0 and self.reg_form == "discrepancy")
+
+    @property
+    def needs_points(self) -> bool:
+        """Whether a loss compares voxels."""
+        return self.dense_weight > 0 or self.stage_weight > 0
 
     @classmethod
     def paper(cls) -> STC3DConfig:
@@ -146,11 +156,16 @@ class STC3D(PretrainMethod):
             self.projector = Projector(pooled * cells, config.projector_hidden, config.projector_dim)
         if per_bin:
             self.bin_projector = Projector(pooled, config.projector_hidden, config.projector_dim)
+        if config.needs_points and config.dense_pyramid != "encoder":
+            self.transfers = ("encoder", "decoder")
         if config.dense_weight > 0:
-            if config.dense_pyramid != "encoder":
-                self.transfers = ("encoder", "decoder")
             width = pyramid_channels(network, config.dense_pyramid)
             self.dense_projector = Projector(width, config.dense_dim, config.dense_dim, affine=True)
+        if config.stage_weight > 0:
+            widths = channels if config.dense_pyramid == "encoder" else channels[-2::-1]
+            self.stage_projectors = nn.ModuleList(
+                Projector(width, config.dense_dim, config.dense_dim, affine=True) for width in widths
+            )
 
     @property
     def _describes_views(self) -> bool:
@@ -172,7 +187,7 @@ class STC3D(PretrainMethod):
             regions=config.regions,
             views_per_region=config.views_per_region,
             transforms=config.transforms,
-            points=config.dense_points if config.dense_weight > 0 else 0,
+            points=config.dense_points if config.needs_points else 0,
             bins=config.bins if config.info_nce_weight > 0 and config.info_nce_on == "bins" else None,
         )
 
@@ -204,14 +219,24 @@ class STC3D(PretrainMethod):
             result[EMBEDDINGS] = self._pairs(views).flatten(0, 1)
         if config.info_nce_weight > 0 and config.info_nce_on == "bins":
             binned = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
-            first, second = self._at_points(binned, self.bin_projector, batch, "bins")
+            first, second = _embedded(self._at_points(binned, batch, "bins"), self.bin_projector)
             terms["info_nce"] = info_nce(first, second, config.temperature)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
-        if config.dense_weight > 0:
+        if config.needs_points:
             maps = pyramid_maps(self.network, moved, config.dense_pyramid)
-            first, second = self._at_points(maps, self.dense_projector, batch, "points")
+            descriptors = self._at_points(maps, batch, "points")
             groups = _volumes(batch.targets["points_inside"]) if config.dense_negatives == "volume" else None
-            terms["dense"] = info_nce(first, second, config.dense_temperature, groups)
+            embedded: list[tuple[Tensor, Tensor]] = []
+            if config.stage_weight > 0:
+                stages = descriptors.split([m.shape[1] for m in maps], dim=-1)[-len(self.stage_projectors) :]
+                embedded += [_embedded(stage, projector) for stage, projector in zip(stages, self.stage_projectors)]
+                losses = [info_nce(*pairs, config.dense_temperature, groups) for pairs in embedded]
+                terms["stages"] = torch.stack(losses).mean()
+            if config.dense_weight > 0:
+                embedded.append(_embedded(descriptors, self.dense_projector))
+                terms["dense"] = info_nce(*embedded[-1], config.dense_temperature, groups)
+            # Of all stages together where they are contrasted so, otherwise of the last one.
+            first, second = embedded[-1]
             result["voxel_retrieval"] = retrieval(first, second)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         weights = {
@@ -219,6 +244,7 @@ class STC3D(PretrainMethod):
             "reg": config.reg_weight,
             "info_nce": config.info_nce_weight,
             "dense": config.dense_weight,
+            "stages": config.stage_weight,
         }
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss} | {name: value.detach() for name, value in (terms | result).items()}
@@ -255,10 +281,8 @@ class STC3D(PretrainMethod):
         first, second = self.sampler_layout.pairs()
         return torch.stack((views[:, first], views[:, second]), dim=2)
 
-    def _at_points(
-        self, maps: Sequence[Tensor], projector: nn.Module, batch: ViewBatch, name: str
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings at the corresponding points of all pairs that both views see, twice ``(N, D)``."""
+    def _at_points(self, maps: Sequence[Tensor], batch: ViewBatch, name: str) -> Tensor:
+        """Descriptors at the corresponding points of all pairs that both views see, ``(N, 2, C)``."""
         count = batch.targets[name].shape[-2]
         points = normalised_points(batch.targets[name], batch.views.shape[-3:])
         points = points.unflatten(1, (self.config.regions, self.config.views_per_region - 1))
@@ -270,9 +294,13 @@ class STC3D(PretrainMethod):
         sampled = sample_features(maps, everywhere.flatten(0, 2)).unflatten(0, everywhere.shape[:3])
         both = torch.stack((sampled[:, :, :-1, :count], sampled[:, :, 1:, count:]), dim=-2)
         # (N, 2, C): the two views of a pair side by side, one row for each point that both see.
-        descriptors = both.flatten(0, 3)[batch.targets[f"{name}_inside"].flatten()]
-        embeddings = projector(descriptors.flatten(0, 1)).unflatten(0, (-1, 2))
-        return embeddings[:, 0], embeddings[:, 1]
+        return both.flatten(0, 3)[batch.targets[f"{name}_inside"].flatten()]
+
+
+def _embedded(descriptors: Tensor, projector: nn.Module) -> tuple[Tensor, Tensor]:
+    """Embeddings of the first and the second of each pair, ``(N, 2, C)`` to twice ``(N, D)``."""
+    embeddings = projector(descriptors.flatten(0, 1)).unflatten(0, (-1, 2))
+    return embeddings[:, 0], embeddings[:, 1]
 
 
 def _volumes(inside: Tensor) -> Tensor:

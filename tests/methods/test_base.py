@@ -102,6 +102,19 @@ def test_default_views_have_half_the_patch(patch_size, stride, expected):
     assert default_view_shape(patch_size, stride) == expected
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "stride", "share", "expected"),
+    [
+        ((24, 40, 24), (8, 8, 8), 1.0, (24, 40, 24)),
+        ((20, 320, 256), (4, 64, 64), 1.0, (20, 320, 256)),
+        ((128, 128, 128), (32, 32, 32), 0.75, (96, 96, 96)),
+        ((128, 128, 128), (32, 32, 32), 0.1, (64, 64, 32)),
+    ],
+)
+def test_views_can_have_another_share_of_the_patch(patch_size, stride, share, expected):
+    assert default_view_shape(patch_size, stride, share) == expected
+
+
 def test_default_views_fit_every_network():
     for patch_size in product((16, 20, 48, 80, 128), (32, 96, 320), (32, 112, 256)):
         for stride in ((1, 16, 16), (4, 32, 32), (8, 8, 8), (16, 32, 16), (32, 32, 32)):

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from nnssl_stc3d.losses.info_nce import info_nce, masked_info_nce
 from nnssl_stc3d.methods.base import EMBEDDINGS
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.modules.feature_pyramid import decoder_features
+from nnssl_stc3d.modules.heads import sample_features
 from nnssl_stc3d.views.batch import ViewBatch
+from nnssl_stc3d.views.geometry import normalised_points
 from nnssl_stc3d.views.region_sampler import RegionSampler
 from nnssl_stc3d.views.samplers import TransformRanges
 
@@ -78,6 +81,9 @@ OPTIONS = [
     {"dense_pyramid": "decoder"},
     {"dense_pyramid": "encoder"},
     {"dense_pyramid": "both"},
+    {"stage_weight": 2.0},
+    {"stage_weight": 1.0, "dense_weight": 0.0, "dense_pyramid": "decoder"},
+    {"stage_weight": 1.0, "dense_pyramid": "encoder", "dense_negatives": "batch"},
     {"views_per_region": 3, "regions": 1, "info_nce_weight": 1.0},
     {"regions": 3, "cropping": "center", "grid": (1, 2, 2), "region_scale": None},
     {"transforms": TransformRanges(quarter_turns=1.0, scaling_per_axis=True), "cropping": "edge"},
@@ -100,9 +106,10 @@ def check_training(check_step, check_transfers):
             "reg": config.reg_weight,
             "info_nce": config.info_nce_weight,
             "dense": config.dense_weight,
+            "stages": config.stage_weight,
         }
         check_step(method, batch, weights)
-        check_transfers(method, config.dense_weight > 0 and config.dense_pyramid != "encoder")
+        check_transfers(method, config.needs_points and config.dense_pyramid != "encoder")
 
     return check
 
@@ -128,6 +135,7 @@ def test_no_parameter_belongs_to_a_loss_that_is_off(build):
     heads = {
         "projector": config_of(dense_weight=0),
         "dense_projector": config_of(**ONLY_DENSE),
+        "stage_projectors": config_of(**(ONLY_DENSE | {"dense_weight": 0, "stage_weight": 1})),
         "bin_projector": config_of(**(ONLY_DENSE | {"dense_weight": 0, "info_nce_weight": 1, "info_nce_on": "bins"})),
     }
     for name, config in heads.items():
@@ -260,6 +268,29 @@ def test_voxels_can_be_contrasted_within_their_volume_only(build, make_batch):
     groups = torch.arange(3).repeat_interleave(batch.targets["points_inside"].flatten(1).sum(1))
     assert results["volume"]["dense"].item() == pytest.approx(info_nce(first, second, 0.5, groups).item(), rel=1e-5)
     assert results["volume"]["dense"] < results["batch"]["dense"]
+
+
+@pytest.mark.parametrize("pyramid", ["both", "decoder", "encoder"])
+def test_every_stage_is_contrasted_by_itself(build, make_batch, pyramid):
+    """The mean over the stages of what each of them, read alone, gives with a head of its own."""
+    config = config_of(
+        **(ONLY_DENSE | {"dense_weight": 0.0}), stage_weight=1.0, dense_pyramid=pyramid, dense_temperature=0.5
+    )
+    method, batch = build(config), make_batch(config, 3)
+    skips = method.network.encoder(batch.views.flatten(0, 1))
+    stages = skips if pyramid == "encoder" else decoder_features(method.network.decoder, skips)
+    assert len(method.stage_projectors) == len(stages)
+    groups = torch.arange(3).repeat_interleave(batch.targets["points_inside"].flatten(1).sum(1))
+    points = normalised_points(batch.targets["points"], VIEW_SHAPE)
+    losses = []
+    for stage, head in zip(stages, method.stage_projectors):
+        # (B * regions * 2, C, ...) as pairs; each view of a pair at its own points.
+        read = sample_features([stage], points.flatten(0, 2)).unflatten(0, points.shape[:3])
+        pairs = read.transpose(2, 3)[batch.targets["points_inside"]]
+        first, second = head(pairs.flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
+        losses.append(info_nce(first, second, 0.5, groups).item())
+    assert max(losses) > min(losses)
+    assert method(batch)["stages"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_bins_are_contrasted_with_the_bins_they_land_in(coordinates, make_batch, sees_positions):

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
+from nnssl_stc3d.trainers.finetune import STC3DFinetuneTrainer, STC3DFinetuneTrainerNoMirroring
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnssl_stc3d.trainers.finetune import STC3DFinetuneTrainer, STC3DFinetuneTrainerNoMirroring
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 
 
