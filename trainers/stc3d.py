@@ -6,7 +6,7 @@ from nnssl_stc3d.training.variants import with_epochs
 
 
 class STC3DPretrainTrainer(PretrainTrainer):
-    """STC3D with binned descriptors and voxel-level contrast, encoder and decoder: beyond the paper."""
+    """STC3D's InfoNCE between voxels, at every stage of encoder and decoder: beyond the paper."""
 
     method_class = STC3D
     config = STC3DConfig()

@@ -22,7 +22,7 @@ ConfigT = TypeVar("ConfigT", bound="PretrainConfig")
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Hyperparameters that every method has. Defaults are STC3D's (A.3.2).
+    """Hyperparameters that every method has. Defaults are those of STC3D's paper (A.3.2).
 
     Attributes:
         batch_size: volumes a step, over all GPUs.

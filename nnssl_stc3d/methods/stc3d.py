@@ -30,7 +30,7 @@ from nnssl_stc3d.views.samplers import TransformRanges, is_anisotropic
 
 @dataclass(frozen=True)
 class STC3DConfig(PretrainConfig):
-    """Hyperparameters of STC3D. The defaults go beyond the paper, :meth:`paper` is the literal reading.
+    """Hyperparameters of STC3D. The default contrasts voxels and goes beyond the paper; :meth:`paper` is its reading.
 
     Attributes:
         grid: bases along each axis; the paper does not say, VoCo has (1, 4, 4).
@@ -67,16 +67,19 @@ class STC3DConfig(PretrainConfig):
             reads all stages together and may leave the last one empty, which segmentation layers read.
     """
 
+    batch_size: int = 2
+    view_share: float = 1.0
+    learning_rate: float = 3e-3
     grid: tuple[int, int, int] = (2, 2, 2)
     base_scale: float = 1.0
     region_scale: float | None = 1.0
     cropping: str = "random"
-    regions: int = 2
+    regions: int = 1
     views_per_region: int = 2
     transforms: TransformRanges = field(default_factory=TransformRanges)
-    pred_weight: float = 1.0
+    pred_weight: float = 0.0
     pred_form: str = "official"
-    reg_weight: float = 1.0
+    reg_weight: float = 0.0
     reg_form: str = "discrepancy"
     reg_margin: float = 1.0
     info_nce_weight: float = 0.0
@@ -89,11 +92,11 @@ class STC3DConfig(PretrainConfig):
     projector_dim: int = 128
     dense_weight: float = 1.0
     dense_pyramid: str = "both"
-    dense_points: int = 64
+    dense_points: int = 256
     dense_temperature: float = 0.1
     dense_negatives: str = "volume"
     dense_dim: int = 128
-    stage_weight: float = 0.0
+    stage_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +138,19 @@ class STC3DConfig(PretrainConfig):
     def paper(cls) -> STC3DConfig:
         """The literal reading: 1x4x4 bases, pooled descriptors, L_InfoNCE + L_pred + L_reg, encoder only."""
         return cls(
-            grid=(1, 4, 4), base_scale=1.5, region_scale=None, bins=(1, 1, 1), info_nce_weight=1.0, dense_weight=0.0
+            batch_size=4,
+            view_share=0.5,
+            learning_rate=1e-3,
+            grid=(1, 4, 4),
+            base_scale=1.5,
+            region_scale=None,
+            regions=2,
+            pred_weight=1.0,
+            reg_weight=1.0,
+            info_nce_weight=1.0,
+            bins=(1, 1, 1),
+            dense_weight=0.0,
+            stage_weight=0.0,
         )
 
 

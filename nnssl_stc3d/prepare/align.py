@@ -270,12 +270,12 @@ def _warnings(
                 f"the {len(sizes)} volumes of {own.dataset}, whose median is {_shape(np.median(sizes, 0))} voxels at "
                 "that spacing: much of it would be padding. Follow plans with a smaller patch, or use larger volumes."
             )
-        # Pretraining trainers show about half of the patch, and refuse what is too small for that.
-        least = least_volume((patch // 2).tolist())
+        # STC3D shows views of the whole patch, the most of all pretraining trainers, and refuses what is too small.
+        least = least_volume(patch.tolist())
         if flat := int((sizes < least).any(axis=1).sum()):
             found.append(
                 f"{flat} of the {len(sizes)} volumes of {own.dataset} are too small to be pretrained on: at that "
-                f"spacing they have fewer than {_shape(least)} voxels along an axis, which views of half of the patch "
+                f"spacing they have fewer than {_shape(least)} voxels along an axis, which views of the patch "
                 "need. Leave them out of a pretraining, or follow plans with a finer spacing or a smaller patch there."
             )
     if own.spacings is not None:

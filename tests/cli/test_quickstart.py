@@ -26,7 +26,7 @@ import torch
 
 class STC3DPretrainTrainer_quickstart(PretrainTrainer):
     method_class = STC3D
-    config = STC3DConfig(batch_size=2, dense_points=16)
+    config = STC3DConfig(dense_points=16)
     epochs, steps_per_epoch, validation_steps = 2, 1, 1
 
 

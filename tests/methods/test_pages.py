@@ -118,7 +118,7 @@ def test_the_table_of_choices_tells_the_truth(page, about):
 @pytest.mark.parametrize(
     ("name", "trainer", "config"),
     [
-        ("stc3d", "STC3DCenterPretrainTrainer", STC3DConfig(cropping="center", dense_weight=0.5)),
+        ("stc3d", "STC3DHalfPretrainTrainer", STC3DConfig(dense_points=128, view_share=0.5)),
         ("voco", "VoCoFastPretrainTrainer", VoCoConfig(bases_through="teacher")),
         ("pimpic", "PiMPiCTurnedPretrainTrainer", PiMPiCConfig(transforms=TransformRanges(translation=0.0))),
     ],

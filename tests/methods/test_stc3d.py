@@ -21,11 +21,13 @@ from nnssl_stc3d.views.samplers import TransformRanges
 
 VIEW_SHAPE = (8, 8, 8)
 SMALL = {"view_shape": VIEW_SHAPE, "projector_hidden": 16, "projector_dim": 8, "dense_dim": 8, "dense_points": 16}
+# Bases, two regions and their losses beside the voxels, so that most of the method is at work.
+WHOLE = SMALL | {"regions": 2, "pred_weight": 1.0, "reg_weight": 1.0, "stage_weight": 0.0}
 ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "dense_weight": 1.0}
 
 
 def config_of(**changes) -> STC3DConfig:
-    return STC3DConfig(**(SMALL | changes))
+    return STC3DConfig(**(WHOLE | changes))
 
 
 @pytest.fixture
@@ -124,6 +126,11 @@ def test_every_combination_of_losses_trains(build, make_batch, check_training, o
 def test_every_option_trains(build, make_batch, check_training, options, architecture):
     config = config_of(**options)
     check_training(build(config, architecture, channels=2), make_batch(config, min(2, config.batch_size), channels=2))
+
+
+def test_the_default_trains(build, make_batch, check_training):
+    config = STC3DConfig(**SMALL)
+    check_training(build(config), make_batch(config))
 
 
 def test_the_literal_paper_trains(build, make_batch, check_training):

@@ -7,8 +7,6 @@ import pytest
 from nnssl_stc3d.methods.stc3d import STC3DConfig
 from nnssl_stc3d.views.samplers import TransformRanges
 
-ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "dense_weight": 1.0}
-
 
 @pytest.mark.parametrize(
     ("values", "message"),
@@ -35,8 +33,8 @@ ONLY_DENSE = {"pred_weight": 0.0, "reg_weight": 0.0, "info_nce_weight": 0.0, "de
         ({"views_per_region": 1}, r"views_per_region must be at least 2 \(positive pairs\), got 1"),
         ({"grid": (4, 4)}, r"grid must be three positive numbers \(Z, Y, X\), got \(4, 4\)"),
         ({"bins": (2, 0, 2)}, r"bins must be three positive numbers \(Z, Y, X\), got \(2, 0, 2\)"),
-        ({"grid": (1, 1, 1)}, r"need at least 2 bases, got grid \(1, 1, 1\)"),
-        (ONLY_DENSE | {"dense_weight": 0}, "all loss weights are 0"),
+        ({"grid": (1, 1, 1), "pred_weight": 1}, r"need at least 2 bases, got grid \(1, 1, 1\)"),
+        ({"dense_weight": 0, "stage_weight": 0}, "all loss weights are 0"),
         ({"optimizer": "lars"}, "optimizer must be one of"),
     ],
 )
@@ -46,7 +44,7 @@ def test_options_are_checked(values, message):
 
 
 def test_one_base_is_enough_when_no_loss_looks_at_bases():
-    assert not STC3DConfig(grid=(1, 1, 1), pred_weight=0, reg_form="eq12").needs_bases
+    assert not STC3DConfig(grid=(1, 1, 1), reg_weight=1, reg_form="eq12").needs_bases
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,8 @@ def test_the_configuration_survives_the_checkpoint(from_checkpoint, config):
 def test_the_paper_reading():
     paper = STC3DConfig.paper()
     assert paper.grid == (1, 4, 4) and paper.bins == (1, 1, 1) and paper.region_scale is None
-    assert paper.dense_weight == 0 and paper.info_nce_weight > 0 and paper.info_nce_on == "views"
+    assert paper.view_share == 0.5 and paper.regions == 2
+    assert paper.dense_weight == paper.stage_weight == 0 and paper.info_nce_weight > 0 and paper.info_nce_on == "views"
     assert paper.pred_weight > 0 and paper.reg_weight > 0
     assert (paper.optimizer, paper.learning_rate, paper.weight_decay) == ("adamw", 1e-3, 1e-2)
     assert (paper.warmup_steps, paper.batch_size, paper.schedule, paper.momentum) == (100, 4, "cosine", 0.9)

@@ -179,14 +179,14 @@ def test_images_that_do_not_suit_the_plans(tiny_plans, cases, words):
 
 
 def test_volumes_that_a_pretraining_would_refuse_are_counted(tiny_plans):
-    """Views of half of 16 voxels need 4."""
+    """Views of 16 voxels need 8."""
     target = side_of(plans_of(tiny_plans, "Dataset004_Liver", ["CT"]), ["CT"])
     own = side_of(
-        plans_of(tiny_plans, "Dataset801_Unlabelled", ["CT"]), ["CT"], shapes=[(4, 60, 60), (3, 60, 60), (60, 60, 60)]
+        plans_of(tiny_plans, "Dataset801_Unlabelled", ["CT"]), ["CT"], shapes=[(8, 60, 60), (7, 60, 60), (60, 60, 60)]
     )
     padding, small = align(target, own, "new").warnings
     assert "padding" in padding
-    assert "1 of the 3 volumes of Dataset801_Unlabelled are too small" in small and "fewer than 4 x 4 x 4" in small
+    assert "1 of the 3 volumes of Dataset801_Unlabelled are too small" in small and "fewer than 8 x 8 x 8" in small
 
 
 def test_another_order_of_axes_is_named(target, pretraining):

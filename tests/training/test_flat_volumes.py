@@ -64,13 +64,14 @@ def trainer_class(method, settings) -> type[PretrainTrainer]:
 @pytest.mark.parametrize("patch", [8, 20])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_on_flat_volumes(make_trainer, anisotropic_plans, thick_slices, name, patch):
-    """Views of 4 slices fit into the volumes, views of 10 are all there is."""
+    """Views of 4 or 8 slices fit into the volumes, views of 10 are all there is, views of 20 more than that."""
     trainer = make_trainer(trainer_class(*METHODS[name]), anisotropic_plans(patch))
     trainer.on_train_start()
-    assert trainer.config.view_shape == (patch // 2, 32, 32)
+    shape = tuple(int(n * trainer.config.view_share) for n in (patch, 64, 64))
+    assert trainer.config.view_shape == shape
     trainer.on_train_epoch_start()
     loaded = next(trainer.dataloader_train)
-    assert loaded.batch.views.shape[-3:] == (patch // 2, 32, 32) and loaded.batch.views.std() > 0.1
+    assert loaded.batch.views.shape[-3:] == shape and loaded.batch.views.std() > 0.1
     before = {key: value.clone() for key, value in trainer.method.network.encoder.state_dict().items()}
     result = trainer.train_step(loaded)
     assert np.isfinite(result["loss"])

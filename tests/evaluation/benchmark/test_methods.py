@@ -118,7 +118,7 @@ def test_variants_of_an_ablation_differ_and_share_what_is_equal():
         assert len({(m.trainer, m.changes) for m in methods}) == len(methods), name
         assert len({m.key for m in methods}) == len(methods), name
     alike = [m for ablation in ABLATIONS.values() for m in ablation if m.changes == (("reg_weight", 0.0),)]
-    assert {m.key for m in alike if m.trainer == "STC3DPretrainTrainer"} == {
+    assert {m.key for m in alike if m.trainer == "STC3DPaperPretrainTrainer"} == {
         next(m for m in ABLATIONS["regulariser"] if m.changes).key
     }
 
@@ -134,10 +134,10 @@ def test_transformations_are_switched_one_by_one():
 def test_options_of_a_method():
     (vox2vec, stc3d) = with_options(
         find_methods(["vox2vec", "scratch", "stc3d"]),
-        ["vox2vec.points=100", "stc3d.grid=[1, 3, 3]", "stc3d.reg_form=eq12"],
+        ["vox2vec.points=100", "stc3d.bins=[1, 3, 3]", "stc3d.reg_form=eq12"],
     )
     assert vox2vec.changes == (("points", 100),) and vox2vec.name == "vox2vec"
-    assert dict(stc3d.changes) == {"grid": (1, 3, 3), "reg_form": "eq12"}
+    assert dict(stc3d.changes) == {"bins": (1, 3, 3), "reg_form": "eq12"}
     assert vox2vec.key != "vox2vec" and vox2vec.described() == "vox2vec (points=100)"
     assert METHODS["vox2vec"].changes == ()
 
@@ -161,7 +161,7 @@ def test_options_that_cannot_be_read(option):
     ("option", "reason"),
     [
         ("stc3d.pints=1", "pints"),
-        ("stc3d.grid=(1, 1, 1)", "at least 2 bases"),
+        ("stc3d.grid=(1, 1)", "three positive numbers"),
         ("stc3d.transforms.rotation=200", "0..180 degrees, got 200"),
         ("stc3d.transforms.turn=1", "turn"),
         ("stc3d.grid.rotation=1", "dataclass"),
