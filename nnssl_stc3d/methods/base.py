@@ -180,9 +180,7 @@ class PretrainMethod(nn.Module, ABC):
         del progress
 
 
-def default_view_shape(
-    patch_size: Sequence[int], stride: Sequence[int], share: float = 0.5
-) -> tuple[int, int, int]:
+def default_view_shape(patch_size: Sequence[int], stride: Sequence[int], share: float = 0.5) -> tuple[int, int, int]:
     """A share of the patch, rounded to what the network's strides divide, with 2 bottleneck voxels or more on two axes.
 
     Half of 128^3 is the 64^3 of STC3D, VoCo and PiMPiC.
