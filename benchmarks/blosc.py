@@ -76,7 +76,7 @@ def main() -> None:
         block, chunk = (sizes[1:] for sizes in comp_blosc2_params((1, *data.shape), data.patch))
         whole = ((0, 0, 0), data.shape)
         for name, config in (("default", STC3DConfig()), ("paper", STC3DConfig.paper())):
-            config = replace(config, view_shape=default_view_shape(data.patch, data.stride))
+            config = replace(config, view_shape=default_view_shape(data.patch, data.stride, config.view_share))
             sampler, rng = STC3D.view_sampler(config, data.patch, data.spacing), np.random.default_rng(options.seed)
             boxes = [sampler.sample([data.shape], rng).boxes[0] for _ in range(steps * config.batch_size)]
             counts = np.array([touched(box, chunk, block, data.shape) for box in boxes]).sum(0)

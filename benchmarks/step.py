@@ -49,10 +49,10 @@ from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
 from nnssl_stc3d.views.guide import Guide
 
 SIZES = {
-    # features of the network, view, volumes a batch, shape of a case, patch of the plan
-    "quick": ((8, 16, 32), 16, 2, (40, 64, 64), 32),
-    "cpu": ((16, 32, 64, 128), 32, 2, (96, 160, 160), 64),
-    "full": ((32, 64, 128, 256, 320, 320), 64, 4, (160, 320, 320), 128),
+    # features of the network, volumes a batch at most, shape of a case, patch of the plan
+    "quick": ((8, 16, 32), 2, (40, 64, 64), 32),
+    "cpu": ((16, 32, 64, 128), 2, (96, 160, 160), 64),
+    "full": ((32, 64, 128, 256, 320, 320), 4, (160, 320, 320), 128),
 }
 METHODS: dict[str, tuple[type[PretrainMethod], PretrainConfig]] = {
     "stc3d": (STC3D, STC3DConfig()),
@@ -101,14 +101,15 @@ class Bench:
     """
 
     def __init__(self, folder: Path, method: str, size: str, device: torch.device) -> None:
-        features, view, batch_size, _, patch = SIZES[size]
+        features, most, _, patch = SIZES[size]
         torch.manual_seed(0)
         self.device = device
         # The constructor wants plans and makes folders; train_step and configure_optimizers are the trainer's own.
         trainer: Any = object.__new__(PretrainTrainer)
         method_class, config = METHODS[method]
         network = build_network(features)
-        config = replace(config, view_shape=(view,) * 3, batch_size=batch_size)
+        batch_size = min(most, config.batch_size)
+        config = replace(config, batch_size=batch_size)
         trainer.config = method_class.resolve(config, network, (patch,) * 3)
         trainer.device, trainer.current_epoch = device, 0
         trainer.num_iterations_per_epoch, trainer.num_epochs = 250, 400
@@ -218,7 +219,9 @@ def main() -> None:
     """Measure and report."""
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--size", choices=SIZES, default="cpu", help="of network, views and batch")
-    arguments.add_argument("--full", action="store_true", help="nnU-Net's 32..320 features, 4 volumes, views of 64^3")
+    arguments.add_argument(
+        "--full", action="store_true", help="nnU-Net's 32..320 features, patches of 128^3, 4 volumes or fewer"
+    )
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=4, help="in a round")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -233,7 +236,7 @@ def main() -> None:
         print(json.dumps(peak_memory((Path(folder), method, options.size, device), variant)))
         return
     rounds, steps = (1, 2) if options.quick else (options.rounds, options.steps)
-    features, view, batch_size, shape, patch = SIZES[options.size]
+    features, most, shape, patch = SIZES[options.size]
     target = 1.10 if device.type == "cuda" else 1.15
 
     rows = []
@@ -259,7 +262,9 @@ def main() -> None:
                 rows.append(
                     Row(f"{method}: time, step / {variant}", value, target if variant == judged else None, note=note)
                 )
-            note = f"{worker:.3f} s of processor time for a batch of {bench.dataset.sampler.n_views * batch_size} views"
+            config = bench.method.config
+            views = f"{bench.dataset.sampler.n_views * config.batch_size} views of {config.resolved_view_shape[0]}^3"
+            note = f"{worker:.3f} s of processor time for a batch of {views}"
             rows.append(
                 Row(f"{method}: worker's batch / step", ratio(timings["batch"], timings["step"]), 1.0, note=note)
             )
@@ -273,7 +278,7 @@ def main() -> None:
                     Row(f"{method}: memory, step / {variant}", value, 1.25 if variant == judged else None, note=note)
                 )
     title = (
-        f"A step with {batch_size} volumes, views of {view}^3, features {features}, {torch.get_num_threads()} threads"
+        f"A step with {most} volumes or fewer, patch {patch}^3, features {features}, {torch.get_num_threads()} threads"
     )
     report(title, rows, machine(device), options)
 

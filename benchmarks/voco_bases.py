@@ -47,7 +47,8 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    features, view, *_ = SIZES["quick" if options.quick else "cpu"]
+    features, _, _, patch = SIZES["quick" if options.quick else "cpu"]
+    view = patch // 2
     rows = []
     for name, config in CONFIGS.items():
         shaped = replace(config, view_shape=(view,) * 3, batch_size=2)

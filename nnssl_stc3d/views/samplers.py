@@ -151,7 +151,8 @@ def check_volume(shape: Sequence[int], view_shape: Sequence[int]) -> None:
     if len(shape) != 3 or any(n < m for n, m in zip(shape, least)):
         raise ValueError(
             f"volumes need at least {least} voxels (z, y, x) to be shown in views of {tuple(view_shape)}, got shape "
-            f"{tuple(shape)}. Leave it out, or use plans with a finer spacing or a smaller patch along the short axis."
+            f"{tuple(shape)}. Leave it out, use smaller views (view_share), or plans with a finer spacing or a smaller "
+            "patch along the short axis."
         )
 
 
