@@ -14,7 +14,7 @@ from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
 
-SMALL = {"batch_size": 2, "projector_hidden": 16, "projector_dim": 8, "warmup_steps": 2, "learning_rate": 1e-2}
+SMALL = {"batch_size": 2, "projector_hidden": 16, "projector_dim": 8, "warmup_steps": 2, "learning_rate": 3e-3}
 
 
 class ShortPretrainTrainer(PretrainTrainer):
