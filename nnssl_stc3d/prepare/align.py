@@ -275,8 +275,9 @@ def _warnings(
         if flat := int((sizes < least).any(axis=1).sum()):
             found.append(
                 f"{flat} of the {len(sizes)} volumes of {own.dataset} are too small to be pretrained on: at that "
-                f"spacing they have fewer than {_shape(least)} voxels along an axis, which views of the patch "
-                "need. Leave them out of a pretraining, or follow plans with a finer spacing or a smaller patch there."
+                f"spacing they have fewer than {_shape(least)} voxels along an axis, which views of the patch need. "
+                "Leave them out of a pretraining, pretrain with smaller views (view_share), or follow plans with a "
+                "finer spacing or a smaller patch there."
             )
     if own.spacings is not None:
         median = np.median(own.spacings, 0)[axes]

@@ -143,7 +143,7 @@ def _transforms(**kept: Any) -> dict[str, Any]:
 
 _DEFAULT = TransformRanges()
 _WITH_BASES = {"pred_weight": 1.0, "reg_weight": 1.0}
-# The paper's views, half of the patch; voxels as many as the default's.
+# The paper's views, half of the patch; as many points a step as the default.
 _HALF_VIEWS = {"view_share": 0.5, "regions": 2, "batch_size": 4, "dense_points": 64}
 # What the default does not have is varied in the paper's form, which has it.
 ABLATIONS: dict[str, list[Method]] = {
