@@ -116,6 +116,8 @@ class Bench:
         trainer.network = method_class(network, trainer.config)
         trainer.network.freeze_untrained()
         trainer.network.to(device)
+        if device.type == "cpu":
+            trainer.network.to(memory_format=torch.channels_last_3d)
         trainer.grad_scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
         trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
         self.trainer, self.method = trainer, trainer.network

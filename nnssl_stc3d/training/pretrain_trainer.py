@@ -131,6 +131,9 @@ class PretrainTrainer(nnUNetTrainer):
         method = self.method_class(unet, self.config)
         method.freeze_untrained()
         self.network = method.to(self.device)
+        if self.device.type == "cpu":
+            # Faster 3D convolutions. bfloat16 would be, too, but in torch 2.15 its gradients on maps of 2x2x2 are wrong.
+            self.network.to(memory_format=torch.channels_last_3d)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             method.compile_network()

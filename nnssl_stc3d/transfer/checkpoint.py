@@ -163,7 +163,7 @@ def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Replaces NumPy scalars and arrays by plain Python, and moves tensors to the CPU.
+    """Replaces NumPy scalars and arrays by plain Python, and tensors by contiguous ones on the CPU.
 
     Args:
         value: Nested dictionaries, lists, tuples, tensors and scalars.
@@ -182,7 +182,7 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        return value.detach().cpu().contiguous()
     return value
 
 
