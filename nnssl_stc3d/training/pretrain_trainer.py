@@ -132,7 +132,7 @@ class PretrainTrainer(nnUNetTrainer):
         method.freeze_untrained()
         self.network = method.to(self.device)
         if self.device.type == "cpu":
-            # Faster 3D convolutions. bfloat16 would be, too, but in torch 2.15 its gradients on maps of 2x2x2 are wrong.
+            # Faster 3D convolutions. bfloat16 would be, too, but torch 2.15 has wrong gradients on maps of 2x2x2.
             self.network.to(memory_format=torch.channels_last_3d)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
