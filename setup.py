@@ -58,7 +58,7 @@ setup(
     # Swin-UNETR and surface Dice; nothing else needs it.
     extras_require={
         "monai": MONAI,
-        "test": ["pytest", "ruff", "mypy", "build", "setuptools>=70.1", *MONAI],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=70.1", *MONAI],
     },
     entry_points={"console_scripts": ["nnssl_stc3d=nnssl_stc3d.cli.main:main"]},
     classifiers=[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import SimpleITK as sitk
 import torch
 from torch import nn
 
-# Two cores and many small networks: threads would only get in each other's way.
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+# Two processes and many small networks: threads would only get in each other's way.
+torch.set_num_threads(1)
 
 CONFIGURATION = "3d_fullres"
 ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
