@@ -11,6 +11,7 @@ import torch
 
 from nnssl_stc3d.methods.base import config_from_dict
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.training.state import collect_state
 
 
 def started(trainer):
@@ -57,6 +58,15 @@ def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
     assert steps(other, 2) == steps(trainer, 2)
     for key, value in weights(trainer).items():
         assert torch.equal(value, weights(other)[key]), key
+
+
+def test_weights_lie_with_channels_last_on_the_cpu_and_contiguous_in_the_file(make_trainer):
+    trainer = make_trainer()
+    trainer.initialize()
+    name, weight = next((n, w) for n, w in trainer.method.network.named_parameters() if w.ndim == 5 and min(w.shape) > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+    saved = collect_state(trainer, 0)["network_weights"][name]
+    assert saved.is_contiguous() and torch.equal(saved, weight)
 
 
 def test_continuing_gives_the_dropout_that_would_have_come(make_trainer, tiny_plans):
