@@ -63,7 +63,8 @@ def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
 def test_weights_lie_with_channels_last_on_the_cpu_and_contiguous_in_the_file(make_trainer):
     trainer = make_trainer()
     trainer.initialize()
-    name, weight = next((n, w) for n, w in trainer.method.network.named_parameters() if w.ndim == 5 and min(w.shape) > 1)
+    parameters = trainer.method.network.named_parameters()
+    name, weight = next((n, w) for n, w in parameters if w.ndim == 5 and min(w.shape) > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
     saved = collect_state(trainer, 0)["network_weights"][name]
     assert saved.is_contiguous() and torch.equal(saved, weight)
