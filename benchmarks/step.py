@@ -115,9 +115,7 @@ class Bench:
         trainer.num_iterations_per_epoch, trainer.num_epochs = 250, 400
         trainer.network = method_class(network, trainer.config)
         trainer.network.freeze_untrained()
-        trainer.network.to(device)
-        if device.type == "cpu":
-            trainer.network.to(memory_format=torch.channels_last_3d)
+        trainer.network.place(device)
         trainer.grad_scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
         trainer.optimizer, trainer.lr_scheduler = trainer.configure_optimizers()
         self.trainer, self.method = trainer, trainer.network

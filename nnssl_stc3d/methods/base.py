@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from nnssl_stc3d.modules.feature_pyramid import check_unet, total_stride
@@ -150,6 +151,13 @@ class PretrainMethod(nn.Module, ABC):
         self.network.decoder.seg_layers.requires_grad_(False)
         # The decoder holds the encoder as a submodule.
         self.network.encoder.requires_grad_("encoder" in self.transfers)
+
+    def place(self, device: torch.device) -> None:
+        """Move to a device, in the memory layout that its 3D convolutions are faster in: channels last on a CPU."""
+        self.to(device)
+        if device.type == "cpu":
+            # bfloat16 would be faster still, but torch 2.15 returns wrong gradients for maps of 2x2x2.
+            self.to(memory_format=torch.channels_last_3d)
 
     @classmethod
     @abstractmethod

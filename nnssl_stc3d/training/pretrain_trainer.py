@@ -130,10 +130,8 @@ class PretrainTrainer(nnUNetTrainer):
         self.batch_size = self._share_of_batch()
         method = self.method_class(unet, self.config)
         method.freeze_untrained()
-        self.network = method.to(self.device)
-        if self.device.type == "cpu":
-            # Faster 3D convolutions. bfloat16 would be, too, but torch 2.15 has wrong gradients on maps of 2x2x2.
-            self.network.to(memory_format=torch.channels_last_3d)
+        method.place(self.device)
+        self.network = method
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             method.compile_network()
