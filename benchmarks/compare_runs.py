@@ -52,7 +52,7 @@ def table(rows: list[Row]) -> str:
         span = row.difference_interval
         line += ["" if row.difference is None else signed(row.difference)]
         line += [f"{signed(span[0])} to {signed(span[1])}" if span else ""]
-        line += ["" if row.p_adjusted is None else f"{row.p_adjusted:.2f}"]
+        line += ["" if row.p_adjusted is None else f"{row.p_adjusted:.3f}"]
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
