@@ -59,6 +59,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="pretrain on this dataset, with the same plans (see align-plans); it must not hold images of test cases",
     )  # fmt: skip
     parser.add_argument(
+        "--pretrain-plans", metavar="NAME",
+        help="plans of that dataset (default: those that align-plans made for it from -p, else the name after -p)",
+    )  # fmt: skip
+    parser.add_argument(
         "--budget",
         default="100000steps",
         help="of every pretraining, such as 5000steps, 30min, 12h (default: %(default)s)",
@@ -132,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
             target=folder,
             target_raw=find_dataset_folder(raw, folder.name),
             pretraining=preprocessed_folder(args.pretrain_dataset) if args.pretrain_dataset else None,
+            pretraining_plans=args.pretrain_plans,
             configuration=args.configuration,
             plans=args.plans,
             methods=tuple(args.methods.split(",")),

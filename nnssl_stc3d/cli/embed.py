@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--width", type=int, default=32, help="width of the embeddings that are kept (default: %(default)s)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one, else cpu")
-    parser.add_argument("--overwrite", action="store_true", help="replace maps of other plans or another checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace maps of other plans, width or checkpoint")
     return parser
 
 
@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nnssl_stc3d.data.embeddings import EmbeddingRecord
     from nnssl_stc3d.evaluation.voxel_embeddings import embed_cases, load_embedder, sha256
+    from nnssl_stc3d.training.preflight import check_configuration
     from nnssl_stc3d.transfer.checkpoint import load_checkpoint
     from nnssl_stc3d.transfer.export import find_checkpoints
 
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         there = ", ".join(sorted(p.stem for p in folder.glob("*lans*.json"))) or "none"
         raise ValueError(f"expected plans {file}, found {there}. Give their name with -p.")
     plans = json.loads(file.read_text(encoding="utf-8"))
+    check_configuration(plans, args.configuration, "embed")
     configuration = PlansManager(plans).get_configuration(args.configuration)
     (path, *others) = find_checkpoints(args.checkpoint)
     if others:
@@ -67,12 +69,11 @@ def run(args: argparse.Namespace) -> int:
         checkpoint=str(path),
         checkpoint_sha256=sha256(path),
         method=checkpoint["method"]["name"],
+        width=args.width,
     )
     command = f"nnssl_stc3d embed {path} -d {args.dataset} -c {args.configuration} -p {args.plans}"
     embedder = load_embedder(checkpoint, device)
-    written = embed_cases(
-        embedder, folder / configuration.data_identifier, plans, record, command, args.width, args.overwrite
-    )
+    written = embed_cases(embedder, folder / configuration.data_identifier, plans, record, command, args.overwrite)
     usage = f"nnUNetv2_train {args.dataset} {args.configuration} all -tr AlicePretrainTrainer -p {args.plans}"
     print(f"Wrote {written}\nUse it with: {usage}")
     return 0

@@ -133,14 +133,20 @@ def cases_of_fold(
             f"Fold {fold} has {what} ({len(training)} training and {len(validation)} validation cases are labelled). "
             "Label more cases or give folds in the column fold."
         )
-    if fold != "all" and labels.patients:
-        both = {labels.patients[c] for c in training} & {labels.patients[c] for c in validation}
-        if both:
-            raise ValueError(
-                f"{len(both)} patients have cases in both training and validation of fold {fold}, such as "
-                f"{sorted(both)[0]}. Put all cases of a patient into one fold or split."
-            )
+    tested = [case for case, split in labels.splits.items() if split == "test"]
+    _keep_patients_apart(labels, [*training, *validation], tested, "training or validation and test")
+    if fold != "all":
+        _keep_patients_apart(labels, training, validation, f"training and validation of fold {fold}")
     return training, validation
+
+
+def _keep_patients_apart(labels: CaseLabels, some: Sequence[str], others: Sequence[str], where: str) -> None:
+    both = {labels.patients.get(case) for case in some} & {labels.patients.get(case) for case in others} - {None}
+    if both:
+        raise ValueError(
+            f"{len(both)} patients have cases in both {where}, such as {min(map(str, both))}. Put all cases of a "
+            "patient into one fold or split."
+        )
 
 
 def _sides(

@@ -31,6 +31,9 @@ class EmbeddingRecord:
         checkpoint: path of the checkpoint, as it was given.
         checkpoint_sha256: of its content.
         method: that the checkpoint holds.
+        width: of the maps at most.
+        calibration: cases that normalisation and directions were fixed on. Maps that are made later have to be made
+            with the same, or their embeddings cannot be compared.
     """
 
     plans: str
@@ -39,6 +42,8 @@ class EmbeddingRecord:
     checkpoint: str
     checkpoint_sha256: str
     method: str
+    width: int
+    calibration: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write the record, complete or not at all."""
@@ -58,7 +63,8 @@ class EmbeddingRecord:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             z, y, x = values.pop("spacing")
-            return cls(spacing=(float(z), float(y), float(x)), **values)
+            calibration = tuple(values.pop("calibration"))
+            return cls(spacing=(float(z), float(y), float(x)), calibration=calibration, **values)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is not what nnssl_stc3d embed writes ({error}). Remove the folder {folder} or make the maps "

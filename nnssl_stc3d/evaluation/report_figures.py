@@ -178,18 +178,20 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
     width = 2.7
     titles = ("image", "truth", *(cases[0].predictions if cases else ()))
     figure, axes = new_figure(len(titles) * width, width * 0.92 * len(cases) + 0.5, len(cases), len(titles))
-    highest = max(labels.values(), default=1)
+    # Of other values, such as those of ignored voxels, nothing is drawn.
+    known = list(labels.values())
+    highest = max(known, default=1)
     colours = ListedColormap([LABEL_COLOURS[i % len(LABEL_COLOURS)] for i in range(highest)])
     for row, case in zip(axes, cases, strict=True):
         image, spacing = _read(case.image)
         maps = [_read(path)[0] for path in (case.truth, *case.predictions.values())]
         truth = maps[0]
-        index = int((truth > 0).sum(axis=(1, 2)).argmax())
+        index = int(np.isin(truth, known).sum(axis=(1, 2)).argmax())
         low, high = (-160.0, 240.0) if is_ct else np.percentile(image, (1, 99))
         for axis, title, label in zip(row, titles, (None, *maps), strict=True):
             axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             if label is not None:
-                shown = np.ma.masked_equal(label[index], 0)
+                shown = np.ma.masked_where(~np.isin(label[index], known), label[index])
                 axis.imshow(
                     shown,
                     cmap=colours,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,6 @@ def embed_cases(
     plans: dict[str, Any],
     record: EmbeddingRecord,
     command: str,
-    width: int = 32,
     overwrite: bool = False,
     log: Callable[[str], object] = print,
 ) -> Path:
@@ -222,9 +222,8 @@ def embed_cases(
         embedder: from :func:`load_embedder`.
         preprocessed: folder of the preprocessed cases.
         plans: content of the plans file.
-        record: what the maps are made of.
+        record: what the maps are made of. The cases of the calibration are chosen here, unless there are maps already.
         command: that was given, for messages.
-        width: of the maps at most.
         overwrite: remove maps that something else made.
         log: gets a line on what is done.
 
@@ -232,24 +231,26 @@ def embed_cases(
         The folder of the maps.
 
     Raises:
-        ValueError: if there are maps of other plans, of another checkpoint or of the user's own, or cases of another
-            number of channels than the checkpoint's.
+        ValueError: if there are maps of other plans, of another checkpoint or width or of the user's own, or cases of
+            another number of channels than the checkpoint's.
     """
     cases = CaseDataset(preprocessed, CaseDataset.list_identifiers(preprocessed))
     rule = BodyRule.of_plan(plans, PlansManager(plans).get_configuration(record.configuration).configuration)
     folder = embedding_folder(preprocessed)
     if overwrite:
         remove_maps(folder)
-    _refuse_other_maps(folder, cases.identifiers, record, command)
+    existing = _existing_record(folder, cases.identifiers, record, command)
+    few = tuple(cases.identifiers[:: max(1, -(-len(cases.identifiers) // _CALIBRATION_CASES))])
+    record = existing or replace(record, calibration=few)
     folder.mkdir(exist_ok=True)
     record.write(folder)
     grids = {i: rule.grid(cases.shape(i)) for i in cases.identifiers}
     missing = [i for i in cases.identifiers if not _is_current(folder, i, cases.shape(i))]
     log(f"{len(missing)} of {len(grids)} cases to embed, to {folder}")
     if missing:
-        some = cases.identifiers[:: max(1, -(-len(cases.identifiers) // _CALIBRATION_CASES))]
-        kept = embedder.calibrate([_read_case(cases, i) for i in some], [grids[i] for i in some], width)
-        log(f"{width} principal directions keep {kept:.1%} of the embeddings")
+        some = record.calibration
+        kept = embedder.calibrate([_read_case(cases, i) for i in some], [grids[i] for i in some], record.width)
+        log(f"{record.width} principal directions keep {kept:.1%} of the embeddings")
     for identifier in tqdm(missing, desc="embedding"):
         features = embedder(_read_case(cases, identifier), grids[identifier])
         write_map(folder, identifier, features, cases.shape(identifier))
@@ -303,8 +304,10 @@ def _is_current(folder: Path, identifier: str, shape: Sequence[int]) -> bool:
     return True
 
 
-def _refuse_other_maps(folder: Path, identifiers: Sequence[str], record: EmbeddingRecord, command: str) -> None:
-    """Refuse a folder whose maps were made by something else."""
+def _existing_record(
+    folder: Path, identifiers: Sequence[str], record: EmbeddingRecord, command: str
+) -> EmbeddingRecord | None:
+    """The record of maps that can be completed, None where there are none; refuse what was made by something else."""
     existing = EmbeddingRecord.read(folder)
     if existing is None:
         if any(has_map(folder, i) for i in identifiers):
@@ -312,10 +315,16 @@ def _refuse_other_maps(folder: Path, identifiers: Sequence[str], record: Embeddi
                 f"{folder} holds maps that nnssl_stc3d embed did not make. Move them away, or replace them:\n"
                 f"  {command} --overwrite"
             )
-        return
+        return None
     check_record(existing, record.plans, record.configuration, record.spacing, command)
+    gone = sorted(set(existing.calibration) - set(identifiers))
+    reason = ""
     if existing.checkpoint_sha256 != record.checkpoint_sha256:
-        raise ValueError(
-            f"the maps in {folder} were made with another checkpoint ({existing.checkpoint}). Replace them:\n"
-            f"  {command} --overwrite"
-        )
+        reason = f"with another checkpoint ({existing.checkpoint})"
+    elif existing.width != record.width:
+        reason = f"with --width {existing.width}, not {record.width}"
+    elif gone:
+        reason = f"with the case {gone[0]}, which is not there any more, so that no others can be made like them"
+    if reason:
+        raise ValueError(f"the maps in {folder} were made {reason}. Replace them:\n  {command} --overwrite")
+    return existing

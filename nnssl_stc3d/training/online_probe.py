@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.data.voxel_labels import anatomical_labels, label_file, read_labels
+from nnssl_stc3d.data.voxel_labels import anatomical_labels, ignored_value, label_file, read_structures
 from nnssl_stc3d.modules.feature_pyramid import check_unet, decoder_features
 from nnssl_stc3d.modules.heads import sample_features
 from nnssl_stc3d.training.monitors import ONLINE_PROBE
@@ -66,7 +66,7 @@ def probe_online(trainer: PretrainTrainer) -> None:
 def _balanced_accuracy(trainer: PretrainTrainer) -> float:
     """Fit on the points of every other validation case, score on the points of the rest."""
     check_unet(trainer.method.network, "the online probe")
-    names = anatomical_labels(trainer.dataset_json)
+    names, ignored = anatomical_labels(trainer.dataset_json), ignored_value(trainer.dataset_json)
     folder = trainer.preprocessed_dataset_folder
     cases = [i for i in sorted(trainer.validation_keys) if label_file(folder, i).is_file()][:_CASES]
     if not names or len(cases) < 2:
@@ -77,7 +77,7 @@ def _balanced_accuracy(trainer: PretrainTrainer) -> float:
     try:
         read = [
             read_points(trainer.method, dataset, case, list(names), trainer.configuration_manager.patch_size,
-                        trainer.device, index)
+                        trainer.device, index, ignored)
             for index, case in enumerate(cases)
         ]  # fmt: skip
     finally:
@@ -100,6 +100,7 @@ def read_points(
     window: Sequence[int],
     device: torch.device,
     seed: int,
+    ignored: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of points of one case: up to 64 of each label, in a window around a labelled voxel.
 
@@ -111,13 +112,13 @@ def read_points(
         window: ``(Z, Y, X)`` voxels that the network sees.
         device: of the method.
         seed: of window and points, so that they are the same in every epoch.
+        ignored: value of voxels that nobody has labelled; no point is taken there.
 
     Returns:
         ``(P, D)`` float32 and ``(P,)`` int.
     """
     rng = np.random.default_rng([seed, 0])
-    labels = read_labels(dataset.folder, case)
-    labels = np.where(np.isin(labels, values), labels, 0).astype(np.int64)
+    labels = read_structures(dataset.folder, case, values, ignored)
     shape = np.array(labels.shape)
     inside = np.argwhere(labels > 0)
     middle = inside[rng.integers(len(inside))] if len(inside) else shape // 2

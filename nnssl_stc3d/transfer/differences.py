@@ -22,6 +22,8 @@ ARCHITECTURE = (
     "blocks",
 )
 DECODER = ("decoder convolutions per stage",)
+# Differences in these leave the weights usable, but the images look different to the network.
+PREPROCESSING = ("spacing (mm)", "normalisation", "transposition")
 ADAPTABLE = ("stages", "features per stage", "kernel sizes", "strides", "convolutions per stage", *DECODER)
 
 IN_MEMORY = "a checkpoint in memory"

@@ -58,7 +58,8 @@ def test_the_plan_of_a_benchmark(benchmark, tmp_path, capsys):
     assert lines[-2:] == [
         "2 pretrainings of 3h each, 8 finetunings of 500 steps each (4000 steps in all), "
         "24 predictions of perturbed cases; 2 side by side.",
-        "The pretrainings take 3 hours.",
+        "Pretrainings left: about 3 hours. How long finetunings and predictions of perturbed cases take is known when "
+        "one is finished.",
     ]
     assert not (tmp_path / "benchmark").exists()
 
@@ -79,12 +80,50 @@ def test_the_plan_of_a_benchmark(benchmark, tmp_path, capsys):
         (["-p", "otherPlans"], "expected plans .*otherPlans.json"),
         (["-c", "2d"], "has no configuration 2d, but 3d_fullres"),
         (["--seeds", "0"], "at least one seed"),
+        (["--test-cases", "0"], "for 0 test and 2 validation cases"),
+        (["--pretrain-dataset", "801", "--pretrain-plans", "noPlans"], "expected plans .*801_Unlabelled/noPlans.json"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(benchmark, tmp_path, capsys, arguments, message):
     assert benchmark(*arguments) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "benchmark").exists()
+
+
+def test_the_plan_knows_what_is_finished_and_how_long_it_took(benchmark, tmp_path, capsys):
+    cost = tmp_path / "benchmark" / "cost"
+    cost.mkdir(parents=True)
+    for labels, seconds in ((2, 3000.0), (7, 4200.0)):
+        spent = {"nnUNetv2_train": {"seconds": seconds - 100}, "nnUNetv2_evaluate_folder test": {"seconds": 100.0}}
+        (cost / f"scratch-stc3d-{labels}labels-seed0-500steps.json").write_text(json.dumps(spent))
+    options = ["--seeds", 2, "--budget", "100steps", "--finetuning-steps", 500, "--jobs", 2, "--dry-run"]
+    assert benchmark(*options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "2 of 10 runs are finished. Finetunings left: about 3 hours. How long pretrainings take is known when one is "
+        "finished."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "property"),
+    [({"spacing": [3.0, 1.0, 1.0]}, "spacing"), ({"strides": [[1, 1, 1], [1, 2, 2]]}, "strides")],
+)
+def test_plans_that_no_finetuning_could_use_are_refused_before_pretraining(
+    benchmark, tmp_path, tiny_plans, capsys, change, property
+):
+    folder = tmp_path / "nnUNet_preprocessed" / OTHER
+    other = tiny_plans()
+    configuration = other["configurations"]["3d_fullres"]
+    configuration.update({"spacing": change["spacing"]} if "spacing" in change else {})
+    configuration["architecture"]["arch_kwargs"].update({"strides": change["strides"]} if "strides" in change else {})
+    (folder / "nnUNetPlans.json").write_text(json.dumps(other))
+    assert benchmark("--pretrain-dataset", "801") == 1
+    message = capsys.readouterr().err
+    assert property in message and "align-plans --pretrain 801 --target 4 -p nnUNetPlans -c 3d_fullres" in message
+    assert not (tmp_path / "benchmark").exists()
+    # What that command writes is found by its name.
+    (folder / "nnUNetPlans_Dataset004.json").write_text(json.dumps(tiny_plans() | {"plans_name": "other"}))
+    assert benchmark("--pretrain-dataset", "801", "--dry-run") == 0
 
 
 def test_a_folder_that_is_in_use(benchmark, tmp_path, capsys):

@@ -61,5 +61,12 @@ def test_a_folder_of_several_checkpoints(dataset, tmp_path, capsys):
     assert "expected one checkpoint" in refused(capsys, str(tmp_path / "model"), "-d", "801")
 
 
+def test_a_configuration_of_slices(dataset, capsys, tiny_plans):
+    plans = tiny_plans()
+    plans["configurations"]["2d"] = plans["configurations"]["3d_fullres"] | {"patch_size": [16, 16], "spacing": [1, 1]}
+    (dataset / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert "embed supports 3D configurations, 2d has patches of 2" in refused(capsys, "x.pth", "-d", "801", "-c", "2d")
+
+
 def test_a_width_of_nothing(dataset, capsys):
     assert "--width must be positive, got 0" in refused(capsys, "x.pth", "-d", "801", "--width", "0")

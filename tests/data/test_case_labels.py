@@ -109,6 +109,12 @@ def test_a_patient_on_both_sides_is_refused(table):
     labels = table(rows(patient=lambda i: f"p{i // 2}", fold=lambda i: i % 5))
     with pytest.raises(ValueError, match="patients have cases in both training and validation of fold 0, such as p0"):
         cases_of_fold(labels, 0)
+    tested = table(
+        rows(patient=lambda i: f"p{i % 15}", split=lambda i: ("train", "test")[i // 15] if i % 15 else "val")
+    )
+    for fold in (0, "all"):
+        with pytest.raises(ValueError, match="14 patients have cases in both training or validation and test"):
+            cases_of_fold(tested, fold)
 
 
 def test_without_columns_nnunets_split_is_used_for_the_labelled_cases(table):

@@ -34,7 +34,8 @@ def features(seed: int = 0, width: int = 4, grid=(3, 4, 5)) -> np.ndarray:
 def record(**changes) -> EmbeddingRecord:
     options = {
         "plans": "nnUNetPlans", "configuration": "3d_fullres", "spacing": SPACING, "checkpoint": "some.pth",
-        "checkpoint_sha256": "ab", "method": "vox2vec",
+        "checkpoint_sha256": "ab", "method": "vox2vec", "width": 4,
+        "calibration": ("a", "b"),
     }  # fmt: skip
     return EmbeddingRecord(**(options | changes))
 

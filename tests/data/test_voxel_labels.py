@@ -5,7 +5,7 @@ from __future__ import annotations
 import blosc2
 import numpy as np
 
-from nnssl_stc3d.data.voxel_labels import anatomical_labels, label_file, read_labels
+from nnssl_stc3d.data.voxel_labels import anatomical_labels, ignored_value, label_file, read_structures
 
 
 def test_labels_of_regions_ignored_voxels_and_body_masks():
@@ -14,9 +14,12 @@ def test_labels_of_regions_ignored_voxels_and_body_masks():
         1: "whole",
         2: "core",
     }
+    assert ignored_value({"labels": {"background": 0, "ignore": 3}}) == 3
+    assert ignored_value({"labels": {"background": 0, "liver": 1}}) is None
 
 
-def test_a_label_map_is_read_as_nnunet_wrote_it(tmp_path):
-    labels = np.random.default_rng(0).integers(-1, 3, size=(1, 4, 5, 6)).astype(np.int8)
+def test_structures_background_and_what_nobody_has_labelled(tmp_path):
+    labels = np.array([-1, 0, 1, 2, 3, 4], dtype=np.int8).reshape(1, 1, 2, 3)
     blosc2.asarray(labels, urlpath=str(label_file(tmp_path, "case")))
-    np.testing.assert_array_equal(read_labels(tmp_path, "case"), labels[0])
+    assert read_structures(tmp_path, "case", [1, 2]).ravel().tolist() == [0, 0, 1, 2, 0, 0]
+    assert read_structures(tmp_path, "case", [1, 2], ignored=4).ravel().tolist() == [0, 0, 1, 2, 0, -1]

@@ -209,7 +209,8 @@ def preprocessed(tmp_path) -> Path:
 def record_of(saved: dict, **changes) -> EmbeddingRecord:
     options = {
         "plans": "nnUNetPlans", "configuration": "3d_fullres", "spacing": (1.5, 1.0, 1.0), "checkpoint": "some.pth",
-        "checkpoint_sha256": "ab", "method": saved["method"]["name"],
+        "checkpoint_sha256": "ab", "method": saved["method"]["name"], "width": 4,
+        "calibration": ("case_0", "case_1", "case_2"),
     }  # fmt: skip
     return EmbeddingRecord(**(options | changes))
 
@@ -217,7 +218,7 @@ def record_of(saved: dict, **changes) -> EmbeddingRecord:
 def embed(saved: dict, preprocessed: Path, overwrite: bool = False, log=None, **changes) -> Path:
     embedder = load_embedder(saved, CPU)
     return embed_cases(
-        embedder, preprocessed, saved["plans"], record_of(saved, **changes), "nnssl_stc3d embed some.pth -d 801", 4,
+        embedder, preprocessed, saved["plans"], record_of(saved, **changes), "nnssl_stc3d embed some.pth -d 801",
         overwrite, (log if log is not None else []).append,
     )  # fmt: skip
 
@@ -253,6 +254,7 @@ def test_what_an_interrupted_run_left_is_kept(checkpoint, preprocessed):
     [
         ({"checkpoint_sha256": "cd"}, r"made with another checkpoint \(some.pth\)"),
         ({"spacing": (1.5, 1.0, 1.2)}, "were made for the plans nnUNetPlans"),
+        ({"width": 3}, "made with --width 4, not 3"),
     ],
 )
 def test_maps_of_another_checkpoint_or_plan_are_refused_unless_overwritten(checkpoint, preprocessed, changes, message):
@@ -264,6 +266,25 @@ def test_maps_of_another_checkpoint_or_plan_are_refused_unless_overwritten(check
     log: list[str] = []
     embed(saved, preprocessed, overwrite=True, log=log, **changes)
     assert "3 of 3" in log[0] and EmbeddingRecord.read(folder) == record_of(saved, **changes)
+
+
+def test_a_case_that_is_added_is_embedded_like_the_others(checkpoint, preprocessed):
+    saved, log = checkpoint(), []
+    folder = embed(saved, preprocessed)
+    names = [f"case_{i}" for i in range(3)]
+    kept = {name: read_map(folder, name) for name in names}
+    for suffix in ("", "_seg"):
+        image = np.asarray(blosc2.open(str(preprocessed / f"case_1{suffix}.b2nd")))
+        blosc2.asarray(3 * image + 1, urlpath=str(preprocessed / f"a_new_one{suffix}.b2nd"))
+        blosc2.asarray(image, urlpath=str(preprocessed / f"copy_of_1{suffix}.b2nd"))
+    embed(saved, preprocessed, log=log)
+    assert "2 of 5 cases to embed" in log[0]
+    np.testing.assert_array_equal(read_map(folder, "copy_of_1"), kept["case_1"])
+    assert all((read_map(folder, name) == values).all() for name, values in kept.items())
+    for suffix in ("", "_seg"):
+        (preprocessed / f"case_1{suffix}.b2nd").unlink()
+    with pytest.raises(ValueError, match="case case_1, which is not there any more"):
+        embed(saved, preprocessed)
 
 
 def test_maps_of_a_user_are_not_overwritten_unasked(checkpoint, preprocessed):

@@ -80,6 +80,15 @@ def test_points_are_read_where_the_labels_are(labelled):
     assert np.corrcoef(wide[:, 0], groups)[0, 1] > 0.95
 
 
+def test_no_point_is_taken_where_nobody_has_labelled(labelled):
+    method = types.SimpleNamespace(network=types.SimpleNamespace(encoder=Encoder()), transfers=("encoder",))
+    dataset = CaseDataset(labelled, ["case_0"])
+    rows, groups = read_points(method, dataset, "case_0", [1], (16, 16, 16), CPU, 3, ignored=2)
+    assert set(np.unique(groups)) == {0, 1} and not (rows[:, 0] > 1.75).any()
+    rows, _ = read_points(method, dataset, "case_0", [1], (16, 16, 16), CPU, 3)
+    assert (rows[:, 0] > 1.75).any()
+
+
 def test_without_labels_it_says_so_once_and_pretraining_goes_on(make_trainer, tiny_trainer, nnunet):
     trainer = make_trainer(type("Probed", (tiny_trainer,), {"online_probe_every": 1}))
     lines: list[str] = []

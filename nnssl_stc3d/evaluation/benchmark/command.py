@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import surface_dice
-from nnssl_stc3d.evaluation.benchmark.design import Budget, Split, draw_split, fixed_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts
 from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
 from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 from nnssl_stc3d.evaluation.benchmark.methods import (
@@ -26,9 +27,9 @@ from nnssl_stc3d.evaluation.benchmark.methods import (
     with_options,
 )
 from nnssl_stc3d.evaluation.benchmark.perturb import perturbed_kinds, write_perturbed
+from nnssl_stc3d.evaluation.benchmark.plan import describe_plan
 from nnssl_stc3d.evaluation.benchmark.report import write_report
-from nnssl_stc3d.evaluation.benchmark.results import finished
-from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings, plan_runs
+from nnssl_stc3d.evaluation.benchmark.runs import Settings, plan_runs
 from nnssl_stc3d.evaluation.benchmark.tables import markdown
 from nnssl_stc3d.evaluation.benchmark.workspace import (
     CALIBRATION,
@@ -39,6 +40,8 @@ from nnssl_stc3d.evaluation.benchmark.workspace import (
     write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
+from nnssl_stc3d.transfer.adapt import Adaptation
+from nnssl_stc3d.transfer.differences import PREPROCESSING, PlansReference, aligned_name, compare, describe_plans
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Options:
     target: Path
     target_raw: Path
     pretraining: Path | None
+    pretraining_plans: str | None
     configuration: str
     plans: str
     methods: tuple[str, ...]
@@ -86,27 +90,31 @@ def benchmark(options: Options) -> int:
     """
     budget, methods, scratch, cases = _check(options)
     perturbed = perturbed_kinds(options.robustness)
-    target = _dataset(options.target, options.target_raw, options)
-    pretraining = _dataset(options.pretraining, None, options) if options.pretraining else None
+    target = _dataset(options.target, options.target_raw, options.plans, options.configuration)
+    pretraining = _pretraining(options.pretraining, options, target) if options.pretraining else None
     names = target.cases()
-    test = options.test_cases or max(1, round(len(names) / 4))
-    validation = options.validation_cases or max(1, round(len(names) / 6))
+    test = max(1, round(len(names) / 4)) if options.test_cases is None else options.test_cases
+    validation = max(1, round(len(names) / 6)) if options.validation_cases is None else options.validation_cases
     drawn = draw_split(names, test, validation, options.split_seed)
     labels = label_counts(options.labels, len(drawn.pool))
     plan = partial(
         plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
     )
+    workspace = Workspace(options.output)
+    settings = Settings(
+        workspace, target, pretraining or target, drawn, options.device, options.mirroring, cases,
+        options.finetuning_steps,
+    )  # fmt: skip
     if options.dry_run:
-        _print_plan(plan(steps=dict.fromkeys(methods, 0)), drawn, options, cases)
+        known = _known_seconds(options.output)
+        runs = plan(steps={method: _length(budget, known.get(method.key)) for method in methods})
+        seconds = budget.amount if budget.seconds else None
+        side_by_side = options.jobs * max(1, len(options.gpus))
+        print(describe_plan(runs, settings, options.budget, seconds, side_by_side))
         return 0
     with held_alone(options.output):
-        split = fixed_split(options.output / "split.json", names, test, validation, options.split_seed)
-        workspace = Workspace(options.output)
-        workspace.link_datasets(target, split, pretraining)
-        settings = Settings(
-            workspace, target, pretraining or target, split, options.device, options.mirroring, cases,
-            options.finetuning_steps,
-        )  # fmt: skip
+        fix_split(options.output / "split.json", drawn)
+        workspace.link_datasets(target, drawn, options.device, pretraining)
         for perturbation, level in tqdm(perturbed, desc="perturbing cases", disable=not perturbed):
             copies = workspace.cases(f"{cases}-{perturbation}-{level}")
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
@@ -118,11 +126,13 @@ def benchmark(options: Options) -> int:
         facts = _facts(options, settings, steps, budget)
 
         def report_so_far(left: set[int]) -> None:
-            """People look before everything is finished."""
+            """People look before everything is finished. That it cannot be written must not end the runs."""
             over = [run for run in runs if run.seed not in left]
-            if finished(over, settings):
-                so_far = {"so far": f"{options.seeds - len(left)} of {options.seeds} seeds"}
+            so_far = {"so far": f"{options.seeds - len(left)} of {options.seeds} seeds"}
+            try:
                 write_report(over, settings, so_far | facts, folder, tolerance, options.reference)
+            except (ValueError, OSError) as error:
+                tqdm.write(f"No report so far: {error}", file=sys.stderr)
 
         failures = execute_all(
             runs, settings, options.threads, options.workers, options.jobs, options.gpus, report_so_far
@@ -165,70 +175,79 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
     return budget, methods, bool(options.ablation) or SCRATCH in options.methods, cases
 
 
-def _dataset(preprocessed: Path, raw: Path | None, options: Options) -> Dataset:
+def _dataset(preprocessed: Path, raw: Path | None, name: str, configuration: str) -> Dataset:
     """A dataset with the plans that are asked for."""
-    file = preprocessed / f"{options.plans}.json"
+    file = preprocessed / f"{name}.json"
     if not file.is_file():
         raise ValueError(
             f"expected plans {file}, which do not exist. Plan and preprocess {preprocessed.name} first, or name its "
-            "plans with -p; nnssl_stc3d align-plans gives a pretraining dataset the plans of its target."
+            "plans with -p, those of the pretraining dataset with --pretrain-plans."
         )
     plans = json.loads(file.read_text(encoding="utf-8"))
-    if options.configuration not in plans["configurations"]:
+    if configuration not in plans["configurations"]:
+        raise ValueError(f"{file} has no configuration {configuration}, but {', '.join(plans['configurations'])}")
+    return Dataset(raw, preprocessed, plans, configuration)
+
+
+def _pretraining(folder: Path, options: Options, target: Dataset) -> Dataset:
+    """The dataset to pretrain on, whose plans have to suit the target: finetuning would say so only after it."""
+    aligned = aligned_name(options.plans, target.name)
+    there = (folder / f"{aligned}.json").is_file()
+    name = options.pretraining_plans or (aligned if there else options.plans)
+    dataset = _dataset(folder, None, name, options.configuration)
+    described = [describe_plans(PlansReference(d.plans, d.configuration)) for d in (dataset, target)]
+    differences = compare(*described, with_decoder=True, adapt=Adaptation.from_environment(os.environ))
+    wrong = [d for d in differences if d.fatal or d.name in PREPROCESSING]
+    if wrong:
+        listed = "\n".join(f"  {d.name}: {dataset.name} has {d.source}, {target.name} has {d.target}" for d in wrong)
         raise ValueError(
-            f"{file} has no configuration {options.configuration}, but {', '.join(plans['configurations'])}"
+            f"the plans {name} of {dataset.name} do not suit the plans {options.plans} of {target.name}:\n{listed}\n"
+            f"Give both the same, and preprocess {dataset.name} with them:\n  nnssl_stc3d align-plans --pretrain "
+            f"{dataset.number} --target {target.number} -p {options.plans} -c {options.configuration}\nThe benchmark "
+            f"then finds them as {aligned}; name others with --pretrain-plans."
         )
-    return Dataset(raw, preprocessed, plans, options.configuration)
+    return dataset
+
+
+def _known_seconds(output: Path) -> dict[str, float]:
+    """Key of a method -> seconds of its step, as far as measured."""
+    file = output / "seconds_per_step.json"
+    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return known
+
+
+def _length(budget: Budget, seconds: float | None) -> int:
+    """Steps of a pretraining; 0 where the seconds of a step are not known."""
+    if not budget.seconds:
+        return int(budget.amount)
+    return max(1, round(budget.amount / seconds / EPOCHS)) * EPOCHS if seconds else 0
 
 
 def _steps(methods: Sequence[Method], options: Options, settings: Settings, budget: Budget) -> dict[Method, int]:
     """Steps of each method's pretraining. A budget in seconds is translated once, by measuring a few steps."""
-    if not budget.seconds:
-        return dict.fromkeys(methods, int(budget.amount))
-    file = options.output / "seconds_per_step.json"
-    measured: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
-    for method in methods:
-        if method.key not in measured:
-            measured[method.key] = _seconds_per_step(method, options, settings)
-            print(f"{method.name}: {measured[method.key]:.3g} s a step")
-            write_whole(file, json.dumps(measured, indent=1) + "\n")
-    return {m: max(1, round(budget.amount / measured[m.key] / EPOCHS)) * EPOCHS for m in methods}
+    measured = _known_seconds(options.output)
+    missing = [method for method in methods if budget.seconds and method.key not in measured]
+    if missing:
+        settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
+    for method in missing:
+        measured[method.key] = _seconds_per_step(method, options, settings)
+        print(f"{method.name}: {measured[method.key]:.3g} s a step")
+        write_whole(options.output / "seconds_per_step.json", json.dumps(measured, indent=1) + "\n")
+    return {method: _length(budget, measured.get(method.key)) for method in methods}
 
 
 def _seconds_per_step(method: Method, options: Options, settings: Settings) -> float:
     """Seconds of a pretraining step, validation included, measured alone in the second epoch of a short run."""
     trainer, start = method.trainer_name(CALIBRATION), f"{method.key}/{CALIBRATION}"
     dataset = settings.pretraining
-    words = ["nnUNetv2_train", dataset.number, dataset.configuration, "all", "-p", options.plans, "-tr", trainer]
+    plans = dataset.plans["plans_name"]
+    words = ["nnUNetv2_train", dataset.number, dataset.configuration, "all", "-p", plans, "-tr", trainer]
     log = options.output / "logs" / f"{method.key}-{CALIBRATION}.log"
     gpu = options.gpus[0] if options.gpus else ""
     call([*words, "-device", options.device], settings, start, log, 0, options.threads, options.workers, gpu)
-    model = f"{trainer}__{options.plans}__{dataset.configuration}"
+    model = f"{trainer}__{plans}__{dataset.configuration}"
     folder = settings.workspace.results(start) / dataset.name / model / "fold_all"
     return read_epoch_seconds(folder)[-1] / CALIBRATION_STEPS
-
-
-def _print_plan(runs: Sequence[Run], split: Split, options: Options, cases: str) -> None:
-    """Prints the runs and what they cost."""
-    sizes = f"{len(split.test)} test cases, {len(split.validation)} validation cases, {len(split.pool)} to label"
-    print(f"{options.target.name}: {sizes}; {cases} cases are predicted.\n")
-    for run in runs:
-        if isinstance(run, Pretraining):
-            print(f"seed {run.seed}: pretraining, {run.method.described()}")
-        elif isinstance(run, Finetuning):
-            print(f"seed {run.seed}: finetuning, {run.method}, {run.labels} labelled cases, schedule {run.schedule}")
-    kinds = (Pretraining, Finetuning, PerturbedPrediction)
-    pretrainings, finetunings, perturbed = (sum(isinstance(run, kind) for run in runs) for kind in kinds)
-    side_by_side = options.jobs * max(1, len(options.gpus))
-    print(
-        f"\n{pretrainings} pretrainings of {options.budget} each, {finetunings} finetunings of "
-        f"{options.finetuning_steps} steps each ({options.finetuning_steps * finetunings} steps in all), "
-        f"{perturbed} predictions of perturbed cases; {side_by_side} side by side."
-    )
-    budget = Budget.parse(options.budget)
-    if budget.seconds:
-        print(f"The pretrainings take {pretrainings * budget.amount / 3600 / side_by_side:.2g} hours.")
 
 
 def _facts(options: Options, settings: Settings, steps: dict[Method, int], budget: Budget) -> dict[str, str]:

@@ -76,23 +76,21 @@ def draw_split(cases: Sequence[str], test: int, validation: int, seed: int) -> S
     )
 
 
-def fixed_split(file: Path, cases: Sequence[str], test: int, validation: int, seed: int) -> Split:
-    """The split of a benchmark, which is written before anything else happens and never changes.
+def fix_split(file: Path, split: Split) -> None:
+    """Keeps the split of a benchmark, which is written before anything else happens and never changes.
 
     Raises:
         ValueError: the file's split was made from other cases or with other numbers.
     """
-    split = draw_split(cases, test, validation, seed)
     if file.is_file():
         if json.loads(file.read_text(encoding="utf-8")) != asdict(split):
             raise ValueError(
                 f"{file} was drawn from other cases or with other numbers of test and validation cases. Repeat the "
                 "options that it was made with, or choose another output folder."
             )
-        return split
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(split), indent=1) + "\n", encoding="utf-8")
-    return split
 
 
 def label_counts(wanted: Sequence[str], pool: int) -> list[int]:
@@ -108,7 +106,11 @@ def label_counts(wanted: Sequence[str], pool: int) -> list[int]:
     counts = set()
     for text in wanted:
         try:
-            count = max(1, round(float(text[:-1]) / 100 * pool)) if text.endswith("%") else int(text)
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                count = max(1, round(share * pool)) if share > 0 else 0
+            else:
+                count = int(text)
         except ValueError:
             raise ValueError(f"labels must be numbers of cases or percentages such as 10%, got {text!r}") from None
         if not 1 <= count <= pool:

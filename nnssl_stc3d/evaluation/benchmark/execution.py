@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
-from nnssl_stc3d.evaluation.benchmark.runs import Run, Settings
+from nnssl_stc3d.evaluation.benchmark.runs import Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
 from nnssl_stc3d.evaluation.commands import end_program
 
 TAIL_LINES = 15
+TRAIN, EVALUATE = "nnUNetv2_train", "nnUNetv2_evaluate_folder"
 # "seconds" and "joules" of a command.
 Spent = dict[str, float | None]
 _COMMANDS_LOCK = threading.Lock()
@@ -70,9 +71,21 @@ class Programs:
 def cost_file(run: Run, settings: Settings) -> Path:
     """Where is kept what a run's commands took: command -> {"seconds": ..., "joules": ... or null}.
 
-    What an interrupted command took is kept as "COMMAND, unfinished" until it is continued or begins again.
+    Commands after a training stand there with the cases that they are about. What an interrupted command took is kept
+    as "COMMAND, unfinished" until it is continued or begins again.
     """
-    return settings.workspace.root / "cost" / f"{run.name}-{settings.cases}.json"
+    return settings.workspace.root / "cost" / f"{_file_name(run, settings)}.json"
+
+
+def read_cost(run: Run, settings: Settings) -> dict[str, Spent]:
+    """What :func:`cost_file` says; nothing of a run that has not begun."""
+    file = cost_file(run, settings)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _file_name(run: Run, settings: Settings) -> str:
+    """Of a run's log and cost; the length of a pretraining is in its name already."""
+    return run.name if isinstance(run, Pretraining) else f"{run.name}-{settings.finetuning_steps}steps"
 
 
 def call(
@@ -130,17 +143,17 @@ def execute(
         alone: no other run uses that GPU, so that what it uses can be told.
         programs: of all runs.
     """
-    log = settings.workspace.root / "logs" / f"{run.name}-{settings.cases}.log"
-    file = cost_file(run, settings)
-    cost = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    log = settings.workspace.root / "logs" / f"{_file_name(run, settings)}.log"
+    file, cost = cost_file(run, settings), read_cost(run, settings)
     metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
-        name = unfinished = f"{words[0]}, unfinished"
+        command = words[0] if words[0] == TRAIN else f"{words[0]} {settings.cases}"
+        name = unfinished = f"{command}, unfinished"
         earlier = cost.pop(unfinished, None)
         before, begin = gpu_joules(gpu) if metered else None, time()
         try:
             call(words, settings, run.start, log, run.seed, threads, workers, gpu, programs)
-            name = words[0]
+            name = command
         finally:
             seconds, after = time() - begin, gpu_joules(gpu) if metered else None
             joules = None if before is None or after is None else after - before

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_stc3d.data.voxel_labels import anatomical_labels
 from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH
-from nnssl_stc3d.evaluation.benchmark.results import finished, structures
+from nnssl_stc3d.evaluation.benchmark.results import finished
 from nnssl_stc3d.evaluation.benchmark.runs import Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row
 from nnssl_stc3d.evaluation.report_figures import Overlay, new_figure, overlays, tidy, to_png
@@ -86,25 +87,23 @@ def robustness_curves(rows: Mapping[tuple[str, str], Sequence[Row]]) -> bytes:
     return to_png(figure)
 
 
-def case_overlays(runs: Sequence[Run], results: Sequence[Result], settings: Settings) -> tuple[bytes, str] | None:
+def case_overlays(runs: Sequence[Run], results: Sequence[Result], settings: Settings) -> tuple[bytes, str]:
     """Predictions of the best, the median and the worst case by all methods.
 
     Cases are ranked by their mean Dice over all methods with the fewest labels, so that no method chooses them.
 
     Returns:
-        PNG and what is shown; None where a method lacks its first seed.
+        PNG and what is shown.
     """
-    fewest = min(result.labels for result in results)
     schedule = results[0].schedule
+    fewest = min(result.labels for result in results if result.schedule == schedule)
     shown = [r for r in results if (r.labels, r.schedule) == (fewest, schedule)]
     seed = min(r.seed for r in shown)
-    means = np.nanmean([r.case_means() for r in shown], axis=0)
-    order = [i for i in np.argsort(-means) if np.isfinite(means[i])]
-    if not order:
-        return None
+    order = np.argsort(-np.mean([r.case_means() for r in shown], axis=0))
     names = sorted(shown[0].scores)
     chosen = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     images, truths = settings.workspace.cases(settings.cases)
+    ending = settings.workspace.ending(settings.target)
     folders = {
         run.method: run.predictions(settings)
         for run in finished(runs, settings)
@@ -112,11 +111,10 @@ def case_overlays(runs: Sequence[Run], results: Sequence[Result], settings: Sett
     }
     cases = []
     for title, index in chosen.items():
-        truth = next(truths.glob(f"{names[index]}.*"))
-        ending = truth.name[len(names[index]) :]
+        truth = truths / f"{names[index]}{ending}"
         predictions = {method: folder / truth.name for method, folder in folders.items()}
         cases.append(Overlay(f"{title}: {names[index]}", images / f"{names[index]}_0000{ending}", truth, predictions))
-    values = {name: value for name, value in structures(settings).items() if isinstance(value, int)}
+    labels = anatomical_labels(settings.workspace.dataset_json(settings.target))
     schemes = PlansManager(settings.target.plans).get_configuration(settings.target.configuration).normalization_schemes
     note = f"{schedule} finetuning, {fewest} labels, seed {seed}; ranked by mean Dice of all methods."
-    return overlays(cases, values, schemes[0] == "CTNormalization"), note
+    return overlays(cases, {name: value for value, name in labels.items()}, schemes[0] == "CTNormalization"), note

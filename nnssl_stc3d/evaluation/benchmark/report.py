@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from nnssl_stc3d.evaluation.benchmark import figures, tables
-from nnssl_stc3d.evaluation.benchmark.execution import cost_file
+from nnssl_stc3d.evaluation.benchmark.execution import TRAIN, Spent, read_cost
 from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH
 from nnssl_stc3d.evaluation.benchmark.results import read_dice, read_perturbed_dice, read_surface_dice
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected
 from nnssl_stc3d.evaluation.page import picture, render_page, section
 
-Cost = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+Cost = Mapping[str, Mapping[str, Spent]]
 
 _EXPLANATION = (
     "Differences are paired by seed: same labelled cases, schedule, steps and initialisation of what is not "
@@ -59,11 +59,7 @@ def write_report(
         scores[f"NSD {tolerance:g} mm"] = read_surface_dice(runs, settings, tolerance)
     rows = {name: corrected(compare(some, reference)) for name, some in scores.items()}
     perturbed = _compare_perturbed(read_perturbed_dice(runs, settings), reference)
-    cost: Cost = {
-        run.name: json.loads(cost_file(run, settings).read_text(encoding="utf-8"))
-        for run in runs
-        if cost_file(run, settings).is_file()
-    }
+    cost: Cost = {run.name: spent for run in runs if (spent := read_cost(run, settings))}
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "facts": dict(facts),
@@ -86,8 +82,7 @@ def write_report(
     if any(row.difference is not None for row in rows["Dice"]):
         pictures["differences.png"] = figures.difference_bars(rows["Dice"], "Dice")
     overlays = figures.case_overlays(runs, results, settings)
-    if overlays:
-        pictures["overlays.png"] = overlays[0]
+    pictures["overlays.png"] = overlays[0]
     if perturbed:
         pictures["robustness.png"] = figures.robustness_curves(perturbed)
     for name, png in pictures.items():
@@ -103,8 +98,7 @@ def write_report(
     if perturbed:
         body = picture(pictures["robustness.png"], "Dice against perturbation") + tables.perturbed_html(perturbed)
         sections.append(section("Robustness", body, "The same models on perturbed copies of the same cases."))
-    if overlays:
-        sections.append(section("Predictions", picture(overlays[0], "overlays"), overlays[1]))
+    sections.append(section("Predictions", picture(overlays[0], "overlays"), overlays[1]))
     if cost:
         sections.append(section("Cost", _cost_table(runs, cost)))
     title = f"What pretraining on {settings.pretraining.name} is worth with few labels of {settings.target.name}"
@@ -163,9 +157,9 @@ def _label(row: Row) -> str:
 
 def _cost_table(runs: Sequence[Run], cost: Cost) -> str:
     """Mean time and energy of a pretraining and of a finetuning, by method."""
-    spent: dict[tuple[str, str], list[Mapping[str, float | None]]] = {}
+    spent: dict[tuple[str, str], list[Spent]] = {}
     for run in runs:
-        taken = cost.get(run.name, {}).get("nnUNetv2_train")
+        taken = cost.get(run.name, {}).get(TRAIN)
         if taken is not None and not isinstance(run, PerturbedPrediction):
             key = ("pretraining", run.method.name) if isinstance(run, Pretraining) else ("finetuning", run.method)
             spent.setdefault(key, []).append(taken)

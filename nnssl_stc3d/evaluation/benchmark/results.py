@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,24 +14,33 @@ from nnssl_stc3d.evaluation.benchmark.statistics import Result
 from nnssl_stc3d.evaluation.benchmark.surface_dice import Structures, folder_surface_dice
 
 
-def structures(settings: Settings) -> dict[str, int | list[int]]:
+def _structures(settings: Settings) -> dict[str, int | list[int]]:
     """Structure -> value in the label maps, or values of a region, without the background and what is ignored."""
-    file = settings.workspace.preprocessed / settings.target.name / "dataset.json"
-    labels: dict[str, int | list[int]] = json.loads(file.read_text(encoding="utf-8"))["labels"]
+    labels: dict[str, int | list[int]] = settings.workspace.dataset_json(settings.target)["labels"]
     return {name: value for name, value in labels.items() if name not in ("background", "ignore")}
+
+
+def _percent(score: float) -> float:
+    """A score of 0 to 1 in percent. It is NaN where neither truth nor prediction has the structure: a correct answer.
+
+    nnU-Net leaves these out of its means. Then a false positive in such a case would count for one run, and the case
+    be missing in the pairs of that run with others.
+    """
+    return 100.0 if math.isnan(score) else 100 * score
 
 
 def read_dice(runs: Sequence[Run], settings: Settings) -> list[Result]:
     """Dice in percent of every finished finetuning, from nnU-Net's own evaluation."""
     names = {
-        str(value if isinstance(value, int) else tuple(value)): name for name, value in structures(settings).items()
+        str(value if isinstance(value, int) else tuple(value)): name for name, value in _structures(settings).items()
     }
+    ending = settings.workspace.ending(settings.target)
     results = []
     for run in finished(runs, settings):
         summary = json.loads((run.predictions(settings) / "summary.json").read_text(encoding="utf-8"))
         scores = {
-            Path(case["prediction_file"]).name.split(".")[0]: {
-                names.get(label, label): 100 * float(metrics["Dice"]) for label, metrics in case["metrics"].items()
+            Path(case["prediction_file"]).name.removesuffix(ending): {
+                names.get(label, label): _percent(metrics["Dice"]) for label, metrics in case["metrics"].items()
             }
             for case in summary["metric_per_case"]
         }
@@ -46,12 +56,13 @@ def read_surface_dice(runs: Sequence[Run], settings: Settings, tolerance: float)
         settings: of the benchmark.
         tolerance: in mm.
     """
-    wanted: Structures = structures(settings)
-    truths = settings.workspace.cases(settings.cases)[1]
+    wanted: Structures = _structures(settings)
+    ignored = settings.workspace.dataset_json(settings.target)["labels"].get("ignore")
+    truths, ending = settings.workspace.cases(settings.cases)[1], settings.workspace.ending(settings.target)
     results = []
     for run in tqdm(finished(runs, settings), desc="surface Dice", unit="run"):
-        scores = folder_surface_dice(truths, run.predictions(settings), wanted, tolerance)
-        percent = {case: {name: 100 * value for name, value in of.items()} for case, of in scores.items()}
+        measured = folder_surface_dice(truths, run.predictions(settings), wanted, tolerance, ending, ignored)
+        percent = {case: {name: _percent(score) for name, score in of.items()} for case, of in measured.items()}
         results.append(Result(run.method, run.schedule, run.labels, run.seed, percent))
     return results
 

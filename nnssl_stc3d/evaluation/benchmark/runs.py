@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,8 +136,12 @@ class Finetuning:
         return folder / f"{self._model(settings)}{mirrored}" / f"fold_{fold}" / settings.cases
 
     def is_done(self, settings: Settings) -> bool:
-        """Whether the last thing that is written is there."""
-        return (self.predictions(settings) / "summary.json").is_file()
+        """Whether the last thing that is written is there, and whole: nnU-Net does not write it at once."""
+        file = self.predictions(settings) / "summary.json"
+        try:
+            return bool(json.loads(file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            return False
 
     def commands(self, settings: Settings) -> list[list[str]]:
         """What is left to do: train, predict, evaluate; an interrupted training continues."""

@@ -26,8 +26,7 @@ class Result:
         schedule: of the finetuning.
         labels: number of labelled cases.
         seed: of the run.
-        scores: case -> structure -> Dice or another score in percent; NaN where neither truth nor prediction has the
-            structure.
+        scores: case -> structure -> Dice or another score in percent.
     """
 
     method: str
@@ -37,9 +36,8 @@ class Result:
     scores: Mapping[str, Mapping[str, float]]
 
     def case_means(self) -> NDArray[np.float64]:
-        """Mean over the structures of each case in sorted order, shape (cases,); NaN for a case without any."""
-        rows = [np.array(list(self.scores[case].values()), dtype=float) for case in sorted(self.scores)]
-        return np.array([np.nanmean(row) if np.isfinite(row).any() else np.nan for row in rows])
+        """Mean over the structures of each case in sorted order, shape (cases,)."""
+        return np.array([np.mean(list(self.scores[case].values())) for case in sorted(self.scores)])
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,17 @@ def _row(
 ) -> Row:
     seeds = tuple(sorted(group))
     cases = np.stack([group[seed].case_means() for seed in seeds])
-    per_seed = tuple(float(m) for m in np.nanmean(cases, axis=1))
-    names = list(dict.fromkeys(name for r in group.values() for case in r.scores.values() for name in case))
+    per_seed = tuple(float(m) for m in cases.mean(axis=1))
+    names = next(iter(group[seeds[0]].scores.values()))
     structures = {
-        name: float(np.nanmean([case.get(name, np.nan) for r in group.values() for case in r.scores.values()]))
-        for name in names
+        name: float(np.mean([case[name] for r in group.values() for case in r.scores.values()])) for name in names
     }
     interval = bootstrap_interval(cases)
     row = Row(method, schedule, labels, seeds, per_seed, float(np.mean(per_seed)), interval, structures, reference)
     pairs = [seed for seed in seeds if seed in others]
     if method == reference or not pairs:
         return row
-    differences = tuple(float(np.nanmean(group[s].case_means() - others[s].case_means())) for s in pairs)
+    differences = tuple(float(np.mean(group[s].case_means() - others[s].case_means())) for s in pairs)
     return replace(
         row,
         difference=float(np.mean(differences)),
@@ -144,7 +141,7 @@ def bootstrap_interval(scores: NDArray[np.float64]) -> Interval | None:
     """Percentile interval of the mean, by resampling seeds and, for each of them, cases.
 
     Args:
-        scores: (seeds, cases); NaN is left out.
+        scores: (seeds, cases).
 
     Returns:
         None for a single seed, whose spread says nothing about others.
@@ -155,7 +152,7 @@ def bootstrap_interval(scores: NDArray[np.float64]) -> Interval | None:
     rng = np.random.default_rng(0)
     rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
     columns = rng.integers(cases, size=(RESAMPLES, 1, cases))
-    means = np.nanmean(scores[rows, columns], axis=(1, 2))
+    means = np.mean(scores[rows, columns], axis=(1, 2))
     low, high = np.percentile(means, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
 

@@ -26,7 +26,9 @@ def is_available() -> bool:
     return importlib.util.find_spec("monai") is not None
 
 
-def surface_dice(truth: Path, prediction: Path, structures: Structures, tolerance: float) -> dict[str, float]:
+def surface_dice(
+    truth: Path, prediction: Path, structures: Structures, tolerance: float, ignored: int | None = None
+) -> dict[str, float]:
     """Normalised surface Dice of one case.
 
     Args:
@@ -34,6 +36,7 @@ def surface_dice(truth: Path, prediction: Path, structures: Structures, toleranc
         prediction: predicted label map on the same grid.
         structures: structure -> its value in the label maps, or values for a region.
         tolerance: distance in mm up to which a surface counts as met.
+        ignored: value of voxels in the truth that nobody has labelled; what is predicted there does not count.
 
     Returns:
         Structure -> score of 0 to 1; NaN where neither map has the structure, 0 where one has it.
@@ -53,7 +56,7 @@ def surface_dice(truth: Path, prediction: Path, structures: Structures, toleranc
     maps = [sitk.GetArrayFromImage(image) for image in images]
     scores = {}
     for name, values in structures.items():
-        masks = [np.isin(labels, values) for labels in maps]
+        masks = [np.isin(labels, values) & (maps[0] != ignored) for labels in maps]
         # Only the box around both matters, and a margin that keeps surfaces whole.
         box = _box(masks[0] | masks[1])
         real, predicted = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in masks)
@@ -78,7 +81,12 @@ def _box(mask: np.ndarray) -> tuple[slice, ...]:
 
 
 def folder_surface_dice(
-    truths: Path, predictions: Path, structures: Structures, tolerance: float
+    truths: Path,
+    predictions: Path,
+    structures: Structures,
+    tolerance: float,
+    ending: str,
+    ignored: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """The same for every case of a folder of predictions. What was measured is kept beside them.
 
@@ -87,6 +95,8 @@ def folder_surface_dice(
         predictions: folder of predictions with the same names.
         structures: structure -> value or values.
         tolerance: in mm.
+        ending: of the files, behind the names of the cases.
+        ignored: value in the truth that is ignored.
 
     Returns:
         Case -> structure -> score.
@@ -96,7 +106,7 @@ def folder_surface_dice(
         known: dict[str, dict[str, float]] = json.loads(kept.read_text(encoding="utf-8"))
         return known
     scores = {
-        file.name.split(".")[0]: surface_dice(file, predictions / file.name, structures, tolerance)
+        file.name.removesuffix(ending): surface_dice(file, predictions / file.name, structures, tolerance, ignored)
         for file in sorted(truths.iterdir())
     }
     write_whole(kept, json.dumps(scores, indent=1) + "\n")

@@ -75,11 +75,8 @@ def comparison_html(rows: Sequence[Row], score: str) -> str:
 
 def structures_html(rows: Sequence[Row]) -> str:
     """Mean score of each structure."""
-    names = list(dict.fromkeys(name for row in rows for name in row.structures))
-    lines = [
-        [str(r.labels), r.schedule, r.method, *(f"{r.structures.get(n, np.nan):.1f}" for n in names)] for r in rows
-    ]
-    return html(["labels", "finetuning", "method", *names], lines)
+    lines = [[str(r.labels), r.schedule, r.method, *(f"{v:.1f}" for v in r.structures.values())] for r in rows]
+    return html(["labels", "finetuning", "method", *rows[0].structures], lines)
 
 
 def perturbed_html(rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
@@ -127,13 +124,13 @@ def runs_csv(scores: Mapping[str, Sequence[Result]]) -> str:
     Args:
         scores: name of a score -> results.
     """
-    names = list(dict.fromkeys(n for results in scores.values() for r in results for s in r.scores.values() for n in s))
+    names = list(next(of for results in scores.values() for r in results for of in r.scores.values()))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["score", "method", "finetuning", "labels", "seed", "mean", *names])
     for name, results in scores.items():
         for r in results:
-            means = [np.nanmean([scores.get(n, np.nan) for scores in r.scores.values()]) for n in names]
-            values = [f"{value:.2f}" for value in (np.nanmean(r.case_means()), *means)]
+            means = [np.mean([scores[n] for scores in r.scores.values()]) for n in names]
+            values = [f"{value:.2f}" for value in (np.mean(r.case_means()), *means)]
             writer.writerow([name, r.method, r.schedule, r.labels, r.seed, *values])
     return buffer.getvalue()

@@ -102,23 +102,29 @@ class Workspace:
         """Images and labels of the "test" or "validation" cases."""
         return self.root / kind / "images", self.root / kind / "labels"
 
+    def dataset_json(self, dataset: Dataset) -> dict[str, Any]:
+        """What nnU-Net knows about a dataset: labels, channels, file ending."""
+        file = self.preprocessed / dataset.name / "dataset.json"
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return content
+
     def ending(self, dataset: Dataset) -> str:
         """File ending of a dataset's images."""
-        file = self.preprocessed / dataset.name / "dataset.json"
-        return str(json.loads(file.read_text(encoding="utf-8"))["file_ending"])
+        return str(self.dataset_json(dataset)["file_ending"])
 
-    def link_datasets(self, target: Dataset, split: Split, pretraining: Dataset | None = None) -> None:
+    def link_datasets(self, target: Dataset, split: Split, device: str, pretraining: Dataset | None = None) -> None:
         """Links what runs may see, and writes folds of their own.
 
         Args:
             target: the labelled dataset.
             split: its cases.
+            device: of all runs; a budget in seconds is translated into steps of it.
             pretraining: the dataset to pretrain on; None takes the target's development cases.
 
         Raises:
             ValueError: files are missing, or the folder belongs to a benchmark with other data.
         """
-        self._fix_data(target, pretraining)
+        self._fix_data(target, pretraining or target, device)
         self._link_preprocessed(target, split.development)
         if pretraining is not None:
             self._link_preprocessed(pretraining, pretraining.cases())
@@ -134,18 +140,20 @@ class Workspace:
                 _link(channels, images)
                 _link([target.raw / "labelsTr" / f"{name}{ending}"], labels)
 
-    def _fix_data(self, target: Dataset, pretraining: Dataset | None) -> None:
+    def _fix_data(self, target: Dataset, pretraining: Dataset, device: str) -> None:
         """Runs are told apart by method, length, labels and seed, so that everything else has to stay as it was."""
         data = {
             "dataset": target.name,
             "configuration": target.configuration,
             "plans": target.plans["plans_name"],
-            "pretraining dataset": (pretraining or target).name,
+            "pretraining dataset": pretraining.name,
+            "plans of the pretraining": pretraining.plans["plans_name"],
+            "device": device,
         }
         file = self.root / "data.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else data
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for key, value in data.items():
-            if known[key] != value:
+            if known.get(key, value) != value:
                 raise ValueError(
                     f"expected the {key} {known[key]}, with which the benchmark in {self.root} was made, got {value}. "
                     "Choose another output folder."
@@ -155,9 +163,11 @@ class Workspace:
     def _link_preprocessed(self, dataset: Dataset, cases: Iterable[str]) -> None:
         folder = self.preprocessed / dataset.name
         data = dataset.data
+        ending = json.loads((dataset.preprocessed / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
         for name in cases:
             _link([data / f"{name}{suffix}" for suffix in (".b2nd", "_seg.b2nd", ".pkl")], folder / data.name)
-            _link(dataset.preprocessed.glob(f"gt_segmentations/{name}.*"), folder / "gt_segmentations")
+            truth = dataset.preprocessed / "gt_segmentations" / f"{name}{ending}"
+            _link([truth] if truth.exists() else [], folder / "gt_segmentations")
         for file in ("dataset.json", "dataset_fingerprint.json"):
             if (dataset.preprocessed / file).is_file():
                 _link([dataset.preprocessed / file], folder)

@@ -11,7 +11,7 @@ import numpy as np
 from nnssl_stc3d.data.body import BodyRule, body_mask
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.guides import coarse_means
-from nnssl_stc3d.data.voxel_labels import label_file, read_labels
+from nnssl_stc3d.data.voxel_labels import label_file, read_structures
 from nnssl_stc3d.transfer.differences import plans_of_checkpoint
 from nnssl_stc3d.views.guide import Guide
 
@@ -46,7 +46,8 @@ def choose_cases(
 
     Args:
         identifiers: all preprocessed cases.
-        checkpoints: with the dataset and the fold that they were trained on.
+        checkpoints: with the dataset and the fold that they were trained on. One without a pretraining's method was
+            finetuned, and does not say by which splits and from what.
         dataset: name of the dataset of the cases.
         splits: content of its splits_final.json, if there is one.
         limit: cases at most, evenly spread over the sorted ones.
@@ -84,6 +85,13 @@ def choose_cases(
     else:
         statement = "No checkpoint was trained on these cases: they are validation cases of the checkpoints' folds."
     unseen = statement.startswith("No checkpoint")
+    if unseen and not all(checkpoint.get("method") for checkpoint in checkpoints):
+        unseen = False
+        statement = (
+            "Whether the cases were trained on cannot be told: a finetuned checkpoint does not say what it was "
+            "pretrained on, nor by which splits its fold was drawn."
+            + ("" if usable == everything else " They are validation cases of that fold in this dataset's splits.")
+        )
     spread = [
         usable[i] for i in np.unique(np.linspace(0, len(usable) - 1, min(limit, len(usable))).round().astype(int))
     ]
@@ -104,6 +112,7 @@ class InspectedCases:
         rule: how body is told from air.
         cell_mm: size of the grid's cells, about.
         label_names: value -> name, without the background; empty if nothing is labelled.
+        ignored: value of voxels that nobody has labelled.
     """
 
     images: CaseDataset
@@ -111,6 +120,7 @@ class InspectedCases:
     rule: BodyRule
     cell_mm: float
     label_names: dict[int, str] = field(default_factory=dict)
+    ignored: int | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -136,10 +146,10 @@ class InspectedCases:
         return Guide((z, y, x), body)
 
     def labels(self, name: str) -> np.ndarray | None:
-        """Label map ``(Z, Y, X)`` of a case, or None if nothing is labelled."""
+        """Structures ``(Z, Y, X)`` of a case as of ``read_structures``, or None if nothing is labelled."""
         if not self.label_names or not label_file(self.images.folder, name).is_file():
             return None
-        return read_labels(self.images.folder, name)
+        return read_structures(self.images.folder, name, self.label_names, self.ignored)
 
 
 def default_cell(shapes: Sequence[Sequence[int]], spacing: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.data.body import BodyRule
 from nnssl_stc3d.data.dataset import CaseDataset
-from nnssl_stc3d.data.voxel_labels import anatomical_labels, label_file
+from nnssl_stc3d.data.voxel_labels import anatomical_labels, ignored_value, label_file
 from nnssl_stc3d.evaluation.inspection.cases import Chosen, InspectedCases, choose_cases, default_cell
 from nnssl_stc3d.evaluation.inspection.folder import check_folder, write_folder
 from nnssl_stc3d.evaluation.inspection.models import (
@@ -165,7 +165,7 @@ def _cases(
     if not all(label_file(folder, name).is_file() for name in chosen.identifiers):
         labels = {}
     cell = options.cell_mm or default_cell([images.shape(i) for i in chosen.identifiers], rule.spacing)
-    return chosen, InspectedCases(images, chosen.identifiers, rule, cell, labels)
+    return chosen, InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored_value(dataset_json))
 
 
 def _about(

@@ -11,6 +11,7 @@ from html import escape
 
 import numpy as np
 
+from nnssl_stc3d.data.voxel_labels import UNKNOWN
 from nnssl_stc3d.evaluation.inspection.cases import InspectedCases
 from nnssl_stc3d.evaluation.inspection.curves import invariance_figure, spectrum_figure
 from nnssl_stc3d.evaluation.inspection.invariance import STRENGTHS
@@ -231,7 +232,7 @@ def _csv(places: Mapping[str, Sequence[Place]], cases: InspectedCases) -> str:
     for model, found in places.items():
         for place in found:
             mm = [f"{v * s:.2f}" for v, s in zip(place.voxel, cases.spacing)]
-            label = "" if place.label is None else cases.label_names.get(place.label, "background")
+            label = "" if place.label in (None, UNKNOWN) else cases.label_names.get(place.label, "background")
             writer.writerow(
                 [model, place.case, place.rank, *(f"{v:.1f}" for v in place.voxel), *mm, f"{place.cosine:.4f}",
                  f"{place.way_back_mm:.2f}", label]

@@ -10,6 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 
+from nnssl_stc3d.data.voxel_labels import UNKNOWN
 from nnssl_stc3d.evaluation.benchmark.statistics import t_interval
 from nnssl_stc3d.views.correspondence import body_box, cell_centers
 from nnssl_stc3d.views.guide import Guide
@@ -88,8 +89,8 @@ def draw_cells(
 
     Args:
         guides: bodies of the cases.
-        labels: label maps ``(Z, Y, X)`` of all cases, or of none.
-        names: value -> name of the labels, without the background.
+        labels: structures ``(Z, Y, X)`` of all cases, as of ``read_structures``, or of none.
+        names: value -> name of the structures, without the background.
         count: cells in all.
         rng: source of randomness.
 
@@ -105,8 +106,9 @@ def draw_cells(
         group = (position > 0.5).astype(int) @ np.array([4, 2, 1])
         if labels:
             z, y, x = np.round(places).astype(int).T
-            group = labels[name][z, y, x].astype(int)
-            group[~np.isin(group, list(names))] = 0
+            group = labels[name][z, y, x]
+            known = group != UNKNOWN
+            cells, position, group = cells[known], position[known], group[known]
         everything.append(cells)
         groups.append(group)
         colours.append(position)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fixed_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts
 
 CASES = [f"case_{i:02d}" for i in range(30)]
 
@@ -50,20 +50,20 @@ def test_too_few_cases():
 
 def test_a_written_split_stays(tmp_path, split):
     file = tmp_path / "b" / "split.json"
-    assert fixed_split(file, CASES, 6, 4, 0) == split
+    fix_split(file, split)
     before = file.read_bytes()
     assert json.loads(before)["test"] == split.test
-    assert fixed_split(file, CASES, 6, 4, 0) == split
+    fix_split(file, draw_split(CASES, 6, 4, 0))
     for cases, test in ((CASES[:-1], 6), (CASES, 5)):
         with pytest.raises(ValueError, match="other cases or with other numbers"):
-            fixed_split(file, cases, test, 4, 0)
+            fix_split(file, draw_split(cases, test, 4, 0))
     assert file.read_bytes() == before
 
 
 def test_numbers_of_labels():
     assert label_counts(["100%", "5", "10%", "5"], 20) == [2, 5, 20]
     assert label_counts(["1%"], 20) == [1]
-    for wrong in (["21"], ["0"], ["110%"], ["-1"]):
+    for wrong in (["21"], ["0"], ["110%"], ["-1"], ["0%"], ["-5%"]):
         with pytest.raises(ValueError, match="1 to 20 labelled cases"):
             label_counts(wrong, 20)
     with pytest.raises(ValueError, match="numbers of cases or percentages such as 10%, got 'ten'"):

@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nnssl_stc3d.evaluation.benchmark import energy, execution
-from nnssl_stc3d.evaluation.benchmark.execution import Programs, cost_file, execute, execute_all
+from nnssl_stc3d.evaluation.benchmark.execution import Programs, cost_file, execute, execute_all, read_cost
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining
 
 
@@ -244,7 +245,10 @@ def test_the_cost_of_a_continued_training_is_added(monkeypatch, settings, runs):
     arguments.append("--c")
     assert cost() == {"nnUNetv2_train, unfinished": {"seconds": 60.0, "joules": 100.0}}
     failing.clear()
-    assert cost(alone=False) == {"nnUNetv2_train": {"seconds": 90.0, "joules": None}}
+    last = cost(alone=False)
+    assert last == {"nnUNetv2_train": {"seconds": 90.0, "joules": None}}
+    # A report on other cases finds what the same training took.
+    assert read_cost(run, replace(settings, cases="validation")) == last
 
 
 class FakeError(Exception):

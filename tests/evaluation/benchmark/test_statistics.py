@@ -15,8 +15,6 @@ from nnssl_stc3d.evaluation.benchmark.statistics import (
     t_interval,
 )
 
-NAN = float("nan")
-
 
 def result(method, seed, values, labels=10, schedule="stc3d"):
     """One structure, so that a value is a case's mean."""
@@ -24,8 +22,8 @@ def result(method, seed, values, labels=10, schedule="stc3d"):
 
 
 def test_a_case_is_the_mean_of_its_structures():
-    mixed = Result("m", "stc3d", 5, 0, {"b": {"x": 10.0, "y": 30.0}, "a": {"x": NAN, "y": 5.0}, "c": {"x": NAN}})
-    np.testing.assert_array_equal(mixed.case_means(), [5.0, 20.0, NAN])
+    mixed = Result("m", "stc3d", 5, 0, {"b": {"x": 10.0, "y": 30.0}, "a": {"x": 1.0, "y": 5.0}})
+    np.testing.assert_array_equal(mixed.case_means(), [3.0, 20.0])
 
 
 def test_differences_are_paired_by_seed_and_tested_like_scipy():
@@ -127,6 +125,3 @@ def test_the_bootstrap_resamples_seeds_and_cases():
     # The same cases are drawn for all seeds, as they are the same cases.
     assert (high - low) / 2 == pytest.approx(1.96 * cases_differ[0].std() / np.sqrt(40), rel=0.1)
     assert bootstrap_interval(cases_differ) == (low, high)
-    with_missing = cases_differ.copy()
-    with_missing[:, 0] = NAN
-    assert np.isfinite(bootstrap_interval(with_missing)).all()

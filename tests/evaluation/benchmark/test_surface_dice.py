@@ -51,10 +51,26 @@ def test_moved_surfaces_count_where_they_are_near(boxes):
 
 def test_a_folder_is_measured_once(boxes, monkeypatch):
     truths, predictions = (file.parent for file in boxes)
-    first = folder_surface_dice(truths, predictions, {"box": 1}, 4.1)
+    first = folder_surface_dice(truths, predictions, {"box": 1}, 4.1, ".nii.gz")
     assert first == {"a": {"box": pytest.approx(1.0)}}
     monkeypatch.setattr(module, "surface_dice", None)
-    assert folder_surface_dice(truths, predictions, {"box": 1}, 4.1) == first
+    assert folder_surface_dice(truths, predictions, {"box": 1}, 4.1, ".nii.gz") == first
+
+
+def test_names_may_have_dots(boxes):
+    for file in boxes:
+        file.rename(file.with_name("1.3.6.1.nii.gz"))
+    truths, predictions = (file.parent for file in boxes)
+    assert list(folder_surface_dice(truths, predictions, {"box": 1}, 1.0, ".nii.gz")) == ["1.3.6.1"]
+
+
+def test_what_is_predicted_where_nobody_has_labelled_does_not_count(boxes, tmp_path):
+    truth = sitk.GetArrayFromImage(sitk.ReadImage(str(boxes[0])))
+    predicted = truth.copy()
+    truth[16:, 16:, 16:], predicted[18:22, 18:22, 18:22] = 9, 1
+    files = write(tmp_path / "partly" / "a.nii.gz", truth), write(tmp_path / "more" / "a.nii.gz", predicted)
+    assert surface_dice(*files, {"box": 1}, 0.5, ignored=9) == pytest.approx({"box": 1.0})
+    assert surface_dice(*files, {"box": 1}, 0.5)["box"] < 0.96
 
 
 def test_maps_of_other_sizes(boxes, tmp_path):

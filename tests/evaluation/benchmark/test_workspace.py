@@ -47,7 +47,7 @@ def split():
 def test_test_cases_are_linked_for_prediction_only(dataset, split, tmp_path):
     assert dataset.cases() == CASES and dataset.number == "4"
     workspace = Workspace(tmp_path / "b")
-    workspace.link_datasets(dataset, split)
+    workspace.link_datasets(dataset, split, "cpu")
     own = workspace.preprocessed / NAME
     assert {f.name for f in own.rglob("*_seg.b2nd")} == {f"{c}_seg.b2nd" for c in split.development}
     assert {f.name[:5] for f in (own / "gt_segmentations").iterdir()} == set(split.development)
@@ -55,12 +55,12 @@ def test_test_cases_are_linked_for_prediction_only(dataset, split, tmp_path):
     assert {f.name for f in labels.iterdir()} == {f"{c}.nii.gz" for c in split.test}
     assert len(list(images.iterdir())) == 4 and all(f.is_symlink() for f in images.iterdir())
     assert workspace.ending(dataset) == ".nii.gz"
-    workspace.link_datasets(dataset, split)
+    workspace.link_datasets(dataset, split, "cpu")
 
 
 def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, split, tmp_path):
     workspace = Workspace(tmp_path / "b")
-    workspace.link_datasets(dataset, split)
+    workspace.link_datasets(dataset, split, "cpu")
     assert [workspace.fold(dataset, split, *key) for key in ((2, 0), (1, 0), (2, 1), (2, 0))] == [0, 1, 2, 0]
     folds = json.loads((workspace.preprocessed / NAME / "splits_final.json").read_text(encoding="utf-8"))
     assert [fold["train"] for fold in folds] == [split.labelled(2, 0), split.labelled(1, 0), split.labelled(2, 1)]
@@ -69,28 +69,28 @@ def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, spl
 
 def test_plans_that_have_changed(dataset, split, tmp_path):
     workspace = Workspace(tmp_path / "b")
-    workspace.link_datasets(dataset, split)
+    workspace.link_datasets(dataset, split, "cpu")
     dataset.plans["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
     with pytest.raises(ValueError, match="plans nnUNetPlans of Dataset004_Made have changed"):
-        workspace.link_datasets(dataset, split)
+        workspace.link_datasets(dataset, split, "cpu")
 
 
 def test_a_folder_keeps_its_data(dataset, split, tmp_path):
     workspace = Workspace(tmp_path / "b")
-    workspace.link_datasets(dataset, split)
-    workspace.link_datasets(dataset, split, dataset)
+    workspace.link_datasets(dataset, split, "cpu")
+    workspace.link_datasets(dataset, split, "cpu", dataset)
     other = replace(dataset, preprocessed=tmp_path / "preprocessed" / "Dataset801_Other")
     with pytest.raises(ValueError, match="expected the pretraining dataset Dataset004_Made.* got Dataset801_Other"):
-        workspace.link_datasets(dataset, split, other)
+        workspace.link_datasets(dataset, split, "cpu", other)
     with pytest.raises(ValueError, match="expected the configuration 3d_fullres.* got 3d_lowres"):
-        workspace.link_datasets(replace(dataset, configuration="3d_lowres"), split)
+        workspace.link_datasets(replace(dataset, configuration="3d_lowres"), split, "cpu")
 
 
 def test_files_that_are_missing(dataset, split, tmp_path):
     for image in (dataset.raw / "imagesTr").glob(f"{split.test[0]}_*"):
         image.unlink()
     with pytest.raises(ValueError, match=f"expected images {split.test[0]}_0000.nii.gz in .*imagesTr, found none"):
-        Workspace(tmp_path / "b").link_datasets(dataset, split)
+        Workspace(tmp_path / "b").link_datasets(dataset, split, "cpu")
     for file in dataset.data.iterdir():
         file.unlink()
     with pytest.raises(ValueError, match="Run nnUNetv2_preprocess -d 4 -plans_name nnUNetPlans -c 3d_fullres"):

@@ -165,9 +165,10 @@ def test_names_are_different():
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
-def trained_on(dataset: str, fold) -> dict:
+def trained_on(dataset: str, fold, method: bool = True) -> dict:
     plans = {"dataset_name": dataset, "configurations": {"3d_fullres": {}}}
-    return {"plans": plans, "configuration": "3d_fullres", "init_args": {"fold": fold}}
+    checkpoint = {"plans": plans, "configuration": "3d_fullres", "init_args": {"fold": fold}}
+    return checkpoint | ({"method": {"name": "STC3D"}} if method else {})
 
 
 SPLITS = [{"train": NAMES[:3], "val": NAMES[3:]}, {"train": NAMES[2:], "val": NAMES[:2]}]
@@ -183,6 +184,8 @@ SPLITS = [{"train": NAMES[:3], "val": NAMES[3:]}, {"train": NAMES[2:], "val": NA
         ([("Dataset801_A", "all")], SPLITS, NAMES, False, "on all cases of this dataset"),
         ([("Dataset801_A", 0)], None, NAMES, False, "cases that it does not name"),
         ([("Dataset801_A", 7)], SPLITS, NAMES, False, "cases that it does not name"),
+        ([("Dataset801_A", 0, False)], SPLITS, NAMES[3:], False, "cannot be told"),
+        ([("Dataset801_A", 0), ("Dataset802_B", 0, False)], SPLITS, NAMES[3:], False, "what it was pretrained on"),
     ],
 )
 def test_cases_that_were_not_trained_on_come_first(checkpoints, splits, expected, unseen, statement):
