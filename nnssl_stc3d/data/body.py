@@ -28,7 +28,7 @@ class BodyRule:
 
     Attributes:
         kind: "threshold" above a fixed value, "otsu" above each volume's own, "nonzero" wherever the normalisation,
-            which was restricted to nonzero voxels, did not leave zeros.
+            which was restricted to nonzero voxels, did not leave zeros, or what resampling made of them.
         channel: that is looked at; None takes the mean of all.
         threshold: in preprocessed values, kind "threshold" only.
         spacing: mm per voxel, (z, y, x) of the preprocessed array.

@@ -128,7 +128,9 @@ class ViewDataset(Dataset):
             # Boxes differ in size, so each source is rendered on its own and is source 0 of that call.
             alone = ViewSpecs(torch.zeros_like(mine)[None], specs.center[None, mine], specs.matrix[None, mine])
             views[mine] = render_views(source[None, None], alone, shape)[0]
-        return augment_views(views, self.transform, rng)
+        plain = self.sampler.n_plain
+        views[plain:] = augment_views(views[plain:], self.transform, rng)
+        return views
 
 
 def batches(

@@ -127,6 +127,7 @@ class Alice(PretrainMethod):
             min_score=config.min_score,
             search=config.search,
             attempts=config.attempts,
+            n_plain=0 if config.augment_online else 2,
         )
 
     def freeze_untrained(self) -> None:

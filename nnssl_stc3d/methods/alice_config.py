@@ -22,6 +22,8 @@ class AliceConfig(PretrainConfig):
         decoder_width: of the light decoder.
         decoder_depth: blocks of the light decoder.
         decoder_heads: of the light decoder's attention.
+        augment_online: intensity augmentation for the online views too, whose target is then the augmented crop; False
+            leaves it to the target views (paper 4.2: the online input is that of the masked autoencoder).
         reconstruct: error on the "masked" voxels (Eq. 1), or on "all" (released).
         normalise: what is reconstructed is brought to mean 0 and variance 1 in each "view", so that the weights mean
             the same whatever the intensities; in each "block" (paper); or "not" (released).
@@ -58,6 +60,7 @@ class AliceConfig(PretrainConfig):
     mask_ratio: float = 0.75
     mask_block: tuple[int, int, int] | None = None
     mask_columns: bool = False
+    augment_online: bool = True
     decoder: str = "unet"
     decoder_width: int = 256
     decoder_depth: int = 2
@@ -134,11 +137,11 @@ class AliceConfig(PretrainConfig):
 
     @classmethod
     def paper(cls) -> AliceConfig:
-        """The paper: light decoder, normalised targets, cosine losses, strongly augmented target views."""
+        """The paper: light decoder, normalised targets, cosine losses, strongly augmented target views only."""
         return cls(
-            batch_size=8, learning_rate=5e-5, weight_decay=0.05, warmup_steps=3100, decoder="tokens",
-            decoder_width=512, decoder_depth=8, normalise="block", head="dino", head_hidden=2048, head_dim=512,
-            transforms=TransformRanges(flips=0.5),
+            batch_size=8, learning_rate=5e-5, weight_decay=0.05, warmup_steps=3100, augment_online=False,
+            decoder="tokens", decoder_width=512, decoder_depth=8, normalise="block", head="dino", head_hidden=2048,
+            head_dim=512, transforms=TransformRanges(flips=0.5),
         )  # fmt: skip
 
     @classmethod

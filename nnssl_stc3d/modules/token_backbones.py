@@ -33,8 +33,9 @@ class Encoded(NamedTuple):
 class UNetBackbone:
     """Tokens of a U-Net: its stages averaged over the blocks of the mask and concatenated.
 
-    A convolutional network sees masked voxels as zeros; blocks respect its strides, so that the visible tokens are made
-    of cells that lie wholly in visible blocks.
+    A convolutional network sees masked voxels as zeros; blocks respect its strides, so that what a visible token has of
+    a stage whose stride is at most the block's lies wholly in visible blocks. The cells of deeper stages are larger
+    than a block and cover masked ones too.
 
     Attributes:
         parts: names of the modules of the network that encode.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,9 @@ from torch import Tensor
 MONITORS = ("effective_rank", "embedding_std", "alignment", "uniformity")
 ONLINE_PROBE = "online_probe"
 """Name in the log of what :mod:`nnssl_stc3d.training.online_probe` measures."""
+
+# The distances of all pairs of 80,000 embeddings would take 12.8 GB; of 2048 they take 8 MB.
+_MOST_PAIRS = 1024
 
 
 @torch.no_grad()
@@ -23,11 +28,13 @@ def collapse_monitors(pairs: Tensor) -> dict[str, float]:
         1 (collapsed) and ``min(2 P, D)``. ``embedding_std``: mean over dimensions of the standard deviation of the
         normalised embeddings times ``sqrt(D)``; 0 when collapsed, near 1 when spread evenly. ``alignment``: mean
         squared distance of a pair, ``uniformity``: log of the mean Gaussian potential ``exp(-2 d^2)`` over all pairs of
-        embeddings, lower is more uniform (both Wang & Isola 2020).
+        embeddings, lower is more uniform (both Wang & Isola 2020). Of more than 1024 positive pairs every second, third
+        ... goes into the uniformity, whose cost grows with their square.
     """
     z = F.normalize(pairs.detach().float(), dim=-1)
     flat = z.flatten(0, 1)
-    distance = torch.pdist(flat).square()
+    some = z[:: max(1, ceil(len(z) / _MOST_PAIRS))].flatten(0, 1)
+    distance = torch.pdist(some).square()
     return {
         "effective_rank": effective_rank(flat),
         "embedding_std": float(flat.std(0).mean() * flat.shape[1] ** 0.5),

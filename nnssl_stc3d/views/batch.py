@@ -14,7 +14,7 @@ class ViewBatch(NamedTuple):
 
     Attributes:
         views: ``(B, V, C, Z, Y, X)`` rendered and augmented views.
-        specs: where each view looks; stays on the CPU.
+        specs: where each view looks; on the CPU, but on the device under DDP, which moves every tensor of its input.
         targets: what the sampler computed from the specifications (labels, corresponding points).
     """
 

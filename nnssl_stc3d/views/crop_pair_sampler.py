@@ -49,6 +49,7 @@ class CropPairSampler(ViewSampler):
         search: a match lies within this share of the box around the body from the same place in it; None looks
             everywhere.
         attempts: points that are tried before the place in the body decides.
+        n_plain: 2 leaves the online views without intensity augmentation.
     """
 
     view_shape: tuple[int, int, int]
@@ -66,6 +67,7 @@ class CropPairSampler(ViewSampler):
     n_views: int = 4
     guided: bool = True
     wants_features: bool = True
+    n_plain: int = 0
 
     def sample(
         self, shapes: Sequence[Sequence[int]], rng: np.random.Generator, guides: Sequence[Guide] = ()

@@ -22,7 +22,7 @@ from nnssl_stc3d.views.samplers import (
     place_window,
     to_sampled,
 )
-from nnssl_stc3d.views.spec import ViewSpecs, view_center
+from nnssl_stc3d.views.spec import ViewSpecs, view_center, view_to_source
 
 _CANDIDATES_PER_POINT = 4
 _SMALLEST_UNIFORM_SHRINK = 0.5
@@ -46,7 +46,8 @@ class RegionSampler(ViewSampler):
         view_shape: ``(Z, Y, X)`` of every view.
         spacing: mm per voxel, (z, y, x).
         in_plane: rotate about the first axis only.
-        grid: bases along each axis; None draws no bases (the window still has one view's extent per axis).
+        grid: bases along each axis; None draws no bases and takes a window of one view, for a single region: several
+            would all lie at its place.
         base_scale: source voxels per view voxel of a base in a volume that is large enough; None lets the bases tile
             the whole volume.
         region_scale: the same for regions, shrunk to fit; None gives regions the size of a cell.
@@ -58,6 +59,7 @@ class RegionSampler(ViewSampler):
         bins: grid of bins whose centres are matched between the same pairs, or None.
         turn_bases: show each base under quarter turns and flips of its own, drawn from ``transforms``. They change how
             a cell is shown, not what is shown: where a cell is no cube, a turned base is stretched to the view.
+        show_bases: draw the bases as views. Without them the grid still says in which window the regions lie.
     """
 
     view_shape: tuple[int, int, int]
@@ -73,9 +75,10 @@ class RegionSampler(ViewSampler):
     points: int = 0
     bins: tuple[int, int, int] | None = None
     turn_bases: bool = False
+    show_bases: bool = True
 
     def __post_init__(self) -> None:
-        self.n_bases = 0 if self.grid is None else int(np.prod(self.grid))
+        self.n_bases = 0 if self.grid is None or not self.show_bases else int(np.prod(self.grid))
         self.n_views = self.n_bases + self.regions * self.views_per_region
 
     def sample(
@@ -121,7 +124,9 @@ class RegionSampler(ViewSampler):
             ``position`` ``(B, M, n)`` overlap of each of the ``M`` transformed views with each base;
             ``overlap`` ``(B, M, M)`` overlap of the transformed views;
             ``points`` ``(B, pairs, 2, P, 3)`` view voxels in both views of each pair of :meth:`pairs` and
-            ``points_inside`` ``(B, pairs, P)``; ``bins`` and ``bins_inside`` likewise for the bins of the first view.
+            ``points_inside`` ``(B, pairs, P)``; ``bins`` and ``bins_inside`` likewise for the bins of the first view;
+            ``bins_overlap`` ``(B, pairs * P, pairs * P)`` overlap of these bins, where the second of two is taken for a
+            box of the size and orientation of the first.
         """
         views = specs.select(slice(self.n_bases, None))
         result = {"overlap": overlap_fraction(views, views, self.view_shape)}
@@ -138,6 +143,11 @@ class RegionSampler(ViewSampler):
             axes = [(torch.arange(b, dtype=torch.float64) + 0.5) / b for b in self.bins]
             centers = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3) * shape - 0.5
             result.update(self._match("bins", first, second, centers.expand(batch, pairs, -1, 3), len(centers)))
+            bins = view_to_source(first, result["bins"][:, :, 0].double(), self.view_shape).flatten(1, 2)
+            to_bins = torch.linalg.inv(first.matrix) / (shape / torch.tensor(self.bins))[:, None]
+            to_bins = to_bins.repeat_interleave(len(centers), dim=1)[:, :, None]
+            apart = (to_bins @ (bins[:, None] - bins[:, :, None])[..., None])[..., 0]
+            result["bins_overlap"] = (1 - apart.abs()).clamp(min=0).prod(-1).float()
         return result
 
     def pairs(self) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,7 @@ class ViewSampler(ABC):
         n_sources: source volumes in a sample.
         guided: whether :meth:`sample` wants to know more of the volumes than their shapes.
         wants_features: whether guides shall have features, where there are some.
+        n_plain: the first so many views are shown without intensity augmentation.
     """
 
     view_shape: tuple[int, int, int]
@@ -101,6 +102,7 @@ class ViewSampler(ABC):
     n_sources: int = 1
     guided: bool = False
     wants_features: bool = False
+    n_plain: int = 0
 
     @abstractmethod
     def sample(

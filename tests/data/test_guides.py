@@ -287,3 +287,20 @@ def test_voxels_that_the_normalisation_left_out_are_not_body(tmp_path, write):
     expected = np.zeros((4, 8, 8), dtype=bool)
     expected[:, 2:6, 2:6] = True
     np.testing.assert_array_equal(body, expected)
+
+
+def test_what_resampling_left_of_the_zeros_is_not_body(tmp_path, write):
+    """nnU-Net normalises, then resamples: its cubic splines ring far beyond the edge of the body."""
+    from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
+
+    image = np.zeros((1, 24, 48, 48))
+    image[:, :, 12:36, 12:36] = np.random.default_rng(0).normal(size=(1, 24, 24, 24))
+    resampled = resample_data_or_seg_to_shape(image, (40, 80, 80), (1.0,) * 3, (0.6,) * 3, is_seg=False)
+    assert (resampled != 0).mean() > 0.9
+    write(tmp_path / "masked", "a", resampled)
+    rule = rule_of(["ZScoreNormalization"], [True], spacing=(0.6, 0.6, 0.6))
+    found = make(CaseDataset(tmp_path / "masked", ["a"]), rule=rule)["a"]
+    points = np.stack(np.meshgrid(*[np.arange(n) for n in (40, 80, 80)], indexing="ij"), axis=-1)
+    expected = np.zeros((40, 80, 80), dtype=bool)
+    expected[:, 20:60, 20:60] = True
+    assert not found.body.all() and (found.in_body(points) == expected).mean() > 0.9

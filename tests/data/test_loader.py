@@ -167,6 +167,13 @@ def test_views_are_augmented_one_by_one(folder):
     assert (difference > 0).float().mean() > 0.5
 
 
+def test_a_sampler_may_leave_its_first_views_plain(folder):
+    sampler = region_sampler()
+    sampler.n_plain = 2
+    plain, augmented = (make(folder, sampler=sampler, batch_size=1, intensity=s)[0].batch.views[0] for s in (0, 3.0))
+    assert torch.equal(plain[:2], augmented[:2]) and not torch.equal(plain[2:], augmented[2:])
+
+
 def test_preview_is_the_first_sample_of_the_batch(folder):
     dataset = make(folder)
     sample, names = dataset.preview(3)

@@ -300,6 +300,16 @@ def test_a_constant_part_of_all_embeddings_cannot_bring_the_cosines_to_one(build
         assert seen.mean((0, 1)).abs().max() < 0.01
 
 
+def test_the_paper_augments_the_target_views_alone():
+    resolved = {"view_shape": (8, 8, 8), "mask_block": (4, 4, 4)}
+    plain = [
+        Alice.view_sampler(dataclasses.replace(config, **resolved), (16, 16, 16), (1, 1, 1)).n_plain
+        for config in (AliceConfig(), AliceConfig.paper())
+    ]
+    # Of the four views the online ones come first.
+    assert plain == [0, 2]
+
+
 def test_the_share_of_matched_pairs_is_reported(build, make_batch):
     method = build(config_of())
     batch = make_batch(method.config)

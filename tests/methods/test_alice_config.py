@@ -65,6 +65,7 @@ def test_the_paper_reading():
     assert (paper.optimizer, paper.learning_rate, paper.momentum, paper.beta2) == ("adamw", 5e-5, 0.9, 0.95)
     assert paper.reconstruction_weight == paper.dv_weight == paper.st_weight == 1
     assert paper.mask_ratio == 0.75 and paper.transforms.flips > 0 and paper.transforms.rotation > 0
+    assert not paper.augment_online and paper.intensity > 0
 
 
 def test_the_released_reading():

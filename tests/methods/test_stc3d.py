@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,27 @@ def test_the_sampler_draws_what_the_losses_need():
     ranges = TransformRanges(rotation=5)
     assert sampler(transforms=ranges, cropping="edge").transforms == ranges
     assert sampler(cropping="edge").placement == "edge"
+
+
+@pytest.mark.parametrize("changes", [{"pred_weight": 0.0, "reg_weight": 0.0}, {"pred_weight": 0.0, "reg_form": "eq12"}])
+def test_regions_lie_where_they_do_with_bases(changes):
+    """An arm without the bases' losses differs in its losses alone, and has negatives in the volume."""
+    paper = dataclasses.replace(STC3DConfig.paper(), view_shape=VIEW_SHAPE)
+    centers = []
+    for config in (paper, dataclasses.replace(paper, **changes)):
+        sampler = STC3D.view_sampler(config, (16, 16, 16), (1, 1, 1))
+        box, specs, _ = sampler.sample([(60, 60, 60)], np.random.default_rng(0))
+        centers.append(specs.center[sampler.n_bases :] + torch.tensor(box[0][0]))
+    torch.testing.assert_close(*centers)
+    assert (centers[1][:2].mean(0) - centers[1][2:].mean(0)).abs().max() > 4
+
+
+def test_a_single_region_without_bases_lies_anywhere_in_the_volume():
+    sampler = STC3D.view_sampler(STC3DConfig(**SMALL), (16, 16, 16), (1, 1, 1))
+    rng = np.random.default_rng(0)
+    # A region in a window of 2x2x2 views would be as close to the face of the volume in 7 % of the draws.
+    assert sampler.n_bases == 0 and sampler.grid is None
+    assert np.mean([sampler.sample([(24, 24, 24)], rng).boxes[0][0][0] < 3 for _ in range(200)]) > 0.15
 
 
 def test_anisotropic_plans_rotate_in_plane():
@@ -315,6 +337,50 @@ def test_bins_are_contrasted_with_the_bins_they_land_in(coordinates, make_batch,
     apart = (pairs[:, 0] - pairs[:, 1]).norm(dim=1)
     # Bins are 4 voxels wide; without the known quarter turn, partners would be up to a view's diagonal apart.
     assert len(pairs) > 20 and apart.max() < 4 and apart.mean() < 2
+
+
+@pytest.mark.parametrize("neutral_overlap", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("views_per_region", [2, 3])
+def test_bins_that_overlap_are_neither_positive_nor_negative(build, make_batch, neutral_overlap, views_per_region):
+    config = config_of(
+        pred_weight=0.0, reg_weight=0.0, dense_weight=0.0, info_nce_weight=1.0, info_nce_on="bins",
+        neutral_overlap=neutral_overlap, temperature=0.5, views_per_region=views_per_region,
+    )  # fmt: skip
+    method, batch = build(config), make_batch(config, shape=(10, 12, 11))
+    inside, overlap = batch.targets["bins_inside"].flatten(1), batch.targets["bins_overlap"]
+    rows = [(b, i) for b, i in product(range(2), range(inside.shape[1])) if inside[b, i]]
+    n = len(rows)
+    z = torch.randn(2 * n, 5, generator=torch.Generator().manual_seed(0))
+    # The projector sees the two of a pair side by side.
+    method.bin_projector = Given(z)
+    positives, negatives = torch.zeros(2 * n, 2 * n, dtype=torch.bool), torch.zeros(2 * n, 2 * n, dtype=torch.bool)
+    neutral = 0
+    for i, j in product(range(2 * n), range(2 * n)):
+        (b, one), (other_b, other) = rows[i // 2], rows[j // 2]
+        if i // 2 == j // 2:
+            positives[i, j] = i != j
+        elif b == other_b and max(overlap[b, one, other], overlap[b, other, one]) > neutral_overlap:
+            neutral += 1
+        else:
+            negatives[i, j] = True
+    assert n > 10 and (neutral > 0) == (neutral_overlap < 1)
+    expected = masked_info_nce(z, positives, negatives, 0.5)
+    assert method(batch)["info_nce"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bins_far_from_each_other_are_all_negatives(build, make_batch):
+    config = config_of(
+        **(ONLY_DENSE | {"dense_weight": 0.0, "info_nce_weight": 1.0}), info_nce_on="bins", regions=1, temperature=0.5
+    )
+    method, batch = build(config), make_batch(config)
+    result = method(batch)
+    first, second = result[EMBEDDINGS].unbind(1)
+    assert result["info_nce"].item() == pytest.approx(info_nce(first, second, 0.5).item(), rel=1e-5)
+    # Where no bins correspond there is nothing to learn, but no error.
+    batch.targets["bins_inside"].zero_()
+    result = method(batch)
+    result["loss"].backward()
+    assert result["info_nce"] == 0 and result["loss"].isfinite()
 
 
 # ---- it learns ------------------------------------------------------------------------------------------------------

@@ -36,11 +36,32 @@ from nnssl_stc3d.views.samplers import TransformRanges
         ({"grid": (1, 1, 1), "pred_weight": 1}, r"need at least 2 bases, got grid \(1, 1, 1\)"),
         ({"dense_weight": 0, "stage_weight": 0}, "all loss weights are 0"),
         ({"optimizer": "lars"}, "optimizer must be one of"),
+        ({"info_nce_weight": 1, "batch_size": 1}, "2 volumes or 2 regions a volume, got 1 and 1. Raise regions"),
     ],
 )
 def test_options_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         STC3DConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "enough"),
+    [
+        ({"info_nce_weight": 1.0}, False),
+        ({"info_nce_weight": 1.0, "regions": 2}, True),
+        ({"info_nce_weight": 1.0, "info_nce_on": "bins"}, True),
+        ({"info_nce_weight": 1.0, "info_nce_on": "bins", "bins": (1, 1, 1)}, False),
+        ({}, True),
+    ],
+)
+def test_a_gpu_needs_negatives_of_its_own(options, enough):
+    config = STC3DConfig(**options)
+    config.check_share(2)
+    if enough:
+        config.check_share(1)
+    else:
+        with pytest.raises(ValueError, match="needs negatives on every GPU: .* got 1 and 1. .* fewer GPUs"):
+            config.check_share(1)
 
 
 def test_one_base_is_enough_when_no_loss_looks_at_bases():

@@ -80,6 +80,23 @@ def test_length_and_precision_of_the_embeddings_do_not_matter():
             assert measured[name] == pytest.approx(reference[name], rel=1e-2), name
 
 
+@pytest.mark.parametrize(("count", "step"), [(1024, 1), (1025, 2), (5120, 5)])
+def test_the_uniformity_of_many_pairs_is_that_of_some(count, step, monkeypatch):
+    """Its memory grows with the square of the pairs; the other monitors look at all of them."""
+    pairs = torch.randn(count, 2, 4, generator=torch.Generator().manual_seed(0))
+    rows = []
+    pdist = torch.pdist
+    monkeypatch.setattr(torch, "pdist", lambda z: rows.append(len(z)) or pdist(z))
+    measured, again, some = (collapse_monitors(p) for p in (pairs, pairs, pairs[::step]))
+    assert measured == again and max(rows) <= 2048
+    assert measured["uniformity"] == some["uniformity"]
+    assert measured["uniformity"] == pytest.approx(
+        float((-2 * pdist(F.normalize(pairs, dim=-1).flatten(0, 1)).square()).exp().mean().log()), abs=0.03
+    )
+    flat = F.normalize(pairs, dim=-1).flatten(0, 1)
+    assert measured["embedding_std"] == pytest.approx(float(flat.std(0).mean() * 2), rel=1e-5)
+
+
 def test_no_graph_and_plain_floats():
     z = torch.randn(4, 2, 3, requires_grad=True)
     assert all(type(v) is float for v in collapse_monitors(z).values())

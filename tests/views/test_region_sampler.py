@@ -44,7 +44,8 @@ VARIANTS = {
     "defaults": {},
     "strong": {"transforms": STRONG, "regions": 3, "views_per_region": 3},
     "cells as regions": {"region_scale": None, "base_scale": 1.5, "transforms": STRONG, "grid": (1, 4, 4)},
-    "no bases": {"grid": None, "transforms": STRONG},
+    "no bases": {"show_bases": False, "transforms": STRONG},
+    "no grid": {"grid": None, "regions": 1, "transforms": STRONG},
     "in plane": {"in_plane": True, "transforms": STRONG, "spacing": (5.0, 0.7, 0.7), "view_shape": (8, 40, 40)},
     "center": {"placement": "center", "grid": (2, 2, 2)},
     "edge": {"placement": "edge", "grid": (2, 2, 2), "region_scale": 2.0},
@@ -117,7 +118,7 @@ def test_the_box_is_enough_to_render_from(variant):
 
 
 def test_the_box_is_not_the_whole_volume():
-    sampled = make_sampler(grid=None, base_scale=1.0).sample([(200, 200, 200)], np.random.default_rng(0))
+    sampled = make_sampler(show_bases=False).sample([(200, 200, 200)], np.random.default_rng(0))
     (start, stop) = sampled.boxes[0]
     assert np.prod([b - a for a, b in zip(start, stop)]) < 0.02 * 200**3
 
@@ -136,6 +137,18 @@ def test_bases_tile_a_window(shape):
         torch.testing.assert_close(steps, torch.full_like(steps, size))
     overlap = overlap_fraction(specs, specs, VIEW_SHAPE)[0]
     torch.testing.assert_close(overlap, torch.eye(12), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(200, 200, 200), (60, 70, 24)])
+def test_without_its_bases_a_window_has_the_same_regions(shape):
+    """Not all at one place, as in a window of a single view."""
+    with_bases, without = (make_sampler(show_bases=show, transforms=STRONG) for show in (True, False))
+    assert without.n_bases == 0 and without.n_views == with_bases.n_views - 4
+    expected, got = (in_volume(s.sample([shape], np.random.default_rng(0))) for s in (with_bases, without))
+    torch.testing.assert_close(got.center, expected.center[:, 4:], rtol=0, atol=1e-9)
+    assert torch.equal(got.matrix, expected.matrix[:, 4:])
+    targets = without.targets(got, np.random.default_rng(0))
+    assert "position" not in targets and torch.equal(targets["overlap"], overlap_fraction(got, got, VIEW_SHAPE))
 
 
 def test_position_labels_of_views_inside_the_window_sum_to_one():
@@ -250,7 +263,27 @@ def test_bins_of_the_first_view_are_the_centres_of_its_parts():
     assert targets["bins_inside"].all() and "points" not in targets
 
 
+def test_bins_overlap_where_they_lie_in_the_volume():
+    sampler = make_sampler(view_shape=(8, 8, 8), bins=(2, 2, 2), points=0, views_per_region=3, transforms=STRONG)
+    rng = np.random.default_rng(0)
+    specs = stack_specs([sampler.sample([(20, 22, 24)], rng).specs for _ in range(2)])
+    targets = sampler.targets(specs, rng)
+    views = specs.select(sampler.n_bases + sampler.pairs()[0])
+    centers = view_to_source(views, targets["bins"][:, :, 0].double(), (8, 8, 8))
+    found, seen = targets["bins_overlap"], set()
+    assert found.shape == (2, 4 * 8, 4 * 8)
+    for b, i, j in product(range(2), range(32), range(32)):
+        # Bins are 4 voxels of their view long; boxes of one size overlap by what is left along each axis.
+        apart = centers[b].flatten(0, 1)[j] - centers[b].flatten(0, 1)[i]
+        expected = (1 - (torch.linalg.inv(views.matrix[b, i // 8]) @ apart).abs() / 4).clamp(min=0).prod().item()
+        assert found[b, i, j].item() == pytest.approx(expected, abs=1e-5)
+        seen.add((i == j, i // 8 == j // 8, expected > 0.2))
+    # A bin overlaps with itself, with none of its own view, and with some of other views.
+    assert {(True, True, True), (False, False, True), (False, False, False)} <= seen
+    assert (False, True, True) not in seen
+
+
 def test_only_what_is_asked_for_is_computed():
-    sampler = make_sampler(grid=None, points=0)
+    sampler = make_sampler(show_bases=False, points=0)
     rng = np.random.default_rng(0)
     assert set(sampler.targets(stack_specs([sampler.sample([(50,) * 3], rng).specs]), rng)) == {"overlap"}
