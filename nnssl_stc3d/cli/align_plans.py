@@ -39,7 +39,12 @@ DEFAULT_PLANS = "nnUNetPlans"
 DEFAULT_CONFIGURATION = "3d_fullres"
 PAPER_SUFFIX = "_STC3DPaper"
 FINGERPRINT = "dataset_fingerprint.json"
-TRAINER, FINETUNE_TRAINER = "STC3DPretrainTrainer", "STC3DFinetuneTrainer"
+TRAINER, PAPER_TRAINER, FINETUNE_TRAINER = "STC3DPretrainTrainer", "STC3DPaperPretrainTrainer", "STC3DFinetuneTrainer"
+# What pretrains the networks that TRAINER refuses; None for nothing.
+TRAINERS_OF_NETWORKS = {
+    "nnssl_stc3d.modules.primus.PlansPrimus": "AlicePrimusPretrainTrainer",
+    "nnssl_stc3d.modules.swin_unetr.PlansSwinUNETR": None,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -236,14 +241,15 @@ def _decide(
             Job(aligned, title("its own", own), None, False)
             for aligned, own in zip(align_to_paper(ours, theirs, name), (ours, theirs))
         ]
-        return jobs, _next(roots, (ours.dataset, name), (target, name), configuration, f"{name}_{configuration}")
+        data = f"{name}_{configuration}"
+        return jobs, _next(roots, (ours.dataset, name), (target, name), configuration, data, PAPER_TRAINER)
     if args.to == TO_TARGET:
         reference, own = side(target, args.plans), side(pretraining or "", None)
         name = args.output or aligned_name(args.plans, target)
         job = Job(align(reference, own, name), title("pretraining", own), title("target", reference), False)
         data = reference.resolved["data_identifier"]
-        commands = _next(roots, (own.dataset, name), (target, args.plans), configuration, data)
-        return [job], commands
+        trainer = _trainer_of(job.aligned.plans, configuration)
+        return [job], _next(roots, (own.dataset, name), (target, args.plans), configuration, data, trainer)
     if checkpoint:
         found, dataset_json = checkpoint
         if configuration != found.configuration:
@@ -256,8 +262,14 @@ def _decide(
     name = args.output or aligned_name(followed, reference.dataset)
     job = Job(align(reference, own, name), title("target", own), title("pretraining", reference), True)
     data = f"{name}_{configuration}"
-    source = (reference.dataset, followed)
-    return [job], _next(roots, source, (target, name), configuration, data, args.checkpoint, done=True)
+    source, trainer = (reference.dataset, followed), _trainer_of(job.aligned.plans, configuration)
+    return [job], _next(roots, source, (target, name), configuration, data, trainer, args.checkpoint, done=True)
+
+
+def _trainer_of(plans: dict[str, Any], configuration: str) -> str | None:
+    """The trainer that pretrains the network of plans; None if there is none."""
+    network = plans["configurations"][configuration]["architecture"]["network_class_name"]
+    return TRAINERS_OF_NETWORKS.get(network, TRAINER)
 
 
 def _read_side(roots: dict[str, Path], dataset: str, plans: str | None, configuration: str) -> Any:
@@ -305,21 +317,41 @@ def _next(
     target: tuple[str, str],
     configuration: str,
     data: str,
+    trainer: str | None,
     checkpoint: Path | None = None,
     done: bool = False,
 ) -> list[str]:
-    """The commands that come next; ``data`` is the target's preprocessed data, ``done`` if the pretraining is."""
+    """The commands that come next.
+
+    Args:
+        roots: nnU-Net's folders.
+        pretraining: dataset and plans of the pretraining.
+        target: dataset and plans of the target.
+        configuration: such as "3d_fullres".
+        data: name of the target's preprocessed data.
+        trainer: that pretrains the network; None if there is none.
+        checkpoint: weights that are there already, as a file.
+        done: whether the pretraining is.
+    """
     (source, source_plans), (labelled, plans) = pretraining, target
-    number, results = int(labelled[7:10]), f"{TRAINER}__{source_plans}__{configuration}/fold_all/checkpoint_final.pth"
-    weights = shlex.quote(str(checkpoint)) if checkpoint else f'"$nnUNet_results/{source}/{results}"'
+    number, results = int(labelled[7:10]), f"{trainer}__{source_plans}__{configuration}/fold_all/checkpoint_final.pth"
     lines = []
+    if checkpoint:
+        weights = shlex.quote(str(checkpoint))
+    elif trainer:
+        weights = f'"$nnUNet_results/{source}/{results}"'
+    else:
+        weights = "WEIGHTS"
+        lines.append(
+            f"# Nothing in nnssl_stc3d pretrains the network of {source_plans}: WEIGHTS have to come from elsewhere."
+        )
     if not done:
         lines.append(f"nnUNetv2_preprocess -d {int(source[7:10])} -plans_name {source_plans} -c {configuration}")
     if not (roots["nnUNet_preprocessed"] / labelled / data).is_dir():
         lines.append(f"nnUNetv2_preprocess -d {number} -plans_name {plans} -c {configuration}")
     lines.append('export nnUNet_extTrainer="$(nnssl_stc3d trainers)"')
-    if not done:
-        lines.append(f"nnUNetv2_train {int(source[7:10])} {configuration} all -tr {TRAINER} -p {source_plans}")
+    if trainer and not done:
+        lines.append(f"nnUNetv2_train {int(source[7:10])} {configuration} all -tr {trainer} -p {source_plans}")
     lines += [
         f"nnUNetv2_train {number} {configuration} 0 -tr {FINETUNE_TRAINER} -p {plans} -pretrained_weights {weights}",
         f"nnUNetv2_predict -i IN -o OUT -d {number} -c {configuration} -f 0 -tr {FINETUNE_TRAINER} -p {plans}",

@@ -86,7 +86,8 @@ def link_file(source: Path, target: Path, how: str = "absolute", place: Path | N
         try:
             os.symlink(os.path.relpath(real, folder) if how == "relative" else real, target)
             return True
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError, ValueError):
+            # No links here, or (ValueError) no relative path from one Windows drive to another.
             pass
     part = target.with_name(f".part_{target.name}")
     try:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nnssl_stc3d.prepare.case import Volume
+from nnssl_stc3d.prepare.case import Case, Volume
 from nnssl_stc3d.prepare.checks import Problem
 from nnssl_stc3d.prepare.formats import file_hash
 from nnssl_stc3d.prepare.parallel import run_all
@@ -140,7 +140,8 @@ class Record:
 def with_record(cases: Sequence[ScannedCase], record: Record, jobs: int) -> list[ScannedCase]:
     """Marks the cases that were written before, the changed ones, and copies of the same content.
 
-    Only files of the same size as another are read.
+    A case has changed if its images or its segmentation have. Copies have the same images, whatever their segmentations
+    are. Only files of the same size as another are read.
 
     Args:
         cases: that were found.
@@ -162,7 +163,7 @@ def with_record(cases: Sequence[ScannedCase], record: Record, jobs: int) -> list
         written_before = by_path.get(tuple(s.path for s in now[i]))
         if written_before is None:
             unknown.append(i)
-        elif all(a.unchanged(b) for a, b in zip(written_before.sources, now[i])):
+        elif _unchanged(written_before, now[i], cases[i].case.label):
             result[i] = _known(cases[i], written_before)
         else:
             doubtful.append(i)
@@ -175,30 +176,59 @@ def with_record(cases: Sequence[ScannedCase], record: Record, jobs: int) -> list
     hashes = _hashes(cases, [*doubtful, *alike], jobs)
     for i in doubtful:
         before = by_path[tuple(s.path for s in now[i])]
-        if hashes[i] == tuple(s.sha256 for s in before.sources):
-            result[i] = _known(cases[i], before)
+        if hashes[i].images == tuple(s.sha256 for s in before.sources):
+            result[i] = _with_label_checked(cases[i], before, hashes[i])
         else:
-            problem = Problem("changed", f"has changed since it became case {before.name}", cases[i].found[0].volume.id)
-            result[i] = replace(cases[i], case=replace(cases[i].case, name=before.name), known=True).with_problems(
-                [problem]
-            )
+            message = f"has changed since it became case {before.name}"
+            result[i] = _changed(cases[i], before, message, cases[i].found[0].volume)
     first: dict[tuple[str, ...], str] = {tuple(s.sha256 for s in c.sources): c.name for c in record.cases.values()}
     present = {c.case.name for c in result if c.known}
     for i in alike:
-        copy_of = first.get(hashes[i])
+        copy_of = first.get(hashes[i].images)
         if copy_of is None:
-            first[hashes[i]] = cases[i].found[0].volume.id
+            first[hashes[i].images] = cases[i].found[0].volume.id
         elif (
             copy_of in record.cases
             and copy_of not in present
             and not Path(record.cases[copy_of].sources[0].path).exists()
         ):
-            result[i] = _known(cases[i], record.cases[copy_of])
+            result[i] = _with_label_checked(cases[i], record.cases[copy_of], hashes[i])
             present.add(copy_of)
         else:
             problem = Problem("duplicate", f"has the content of {copy_of}", cases[i].found[0].volume.id)
             result[i] = cases[i].with_problems([problem])
     return result
+
+
+class _Hashes(NamedTuple):
+    """Hashes of a case's content; that of the label is empty if it has none."""
+
+    images: tuple[str, ...]
+    label: str
+
+
+def _unchanged(written: CaseRecord, sources: Sequence[Source], label: Volume | None) -> bool:
+    """Whether images and segmentation are those of the record, by the sizes and times of their files."""
+    if not all(a.unchanged(b) for a, b in zip(written.sources, sources)):
+        return False
+    if written.label is None or label is None:
+        return written.label is label
+    return written.label.unchanged(Source.of(label))
+
+
+def _with_label_checked(case: ScannedCase, written: CaseRecord, hashes: _Hashes) -> ScannedCase:
+    """A case whose images are known; it has changed if its segmentation has."""
+    if hashes.label == (written.label.sha256 if written.label else ""):
+        return _known(case, written)
+    message = f"is not the segmentation that case {written.name} was written with"
+    if case.case.label is None:
+        message = f"has lost the segmentation that case {written.name} was written with"
+    return _changed(case, written, message, case.case.label or case.found[0].volume)
+
+
+def _changed(case: ScannedCase, written: CaseRecord, message: str, where: Volume) -> ScannedCase:
+    known = replace(case, case=replace(case.case, name=written.name), known=True)
+    return known.with_problems([Problem("changed", message, where.id)])
 
 
 def _known(case: ScannedCase, written: CaseRecord) -> ScannedCase:
@@ -215,10 +245,12 @@ def _series_is_unique(
     return not any([f.instances for f in cases[other].found] == mine for other in same if other != index)
 
 
-def _hashes(cases: Sequence[ScannedCase], indices: Iterable[int], jobs: int) -> dict[int, tuple[str, ...]]:
-    items = [(i, cases[i].case.channels) for i in indices]
+def _hashes(cases: Sequence[ScannedCase], indices: Iterable[int], jobs: int) -> dict[int, _Hashes]:
+    items = [(i, cases[i].case) for i in indices]
     return dict(run_all(_hash, items, jobs, "files of the same size", _BATCH))
 
 
-def _hash(item: tuple[int, tuple[Volume, ...]]) -> tuple[int, tuple[str, ...]]:
-    return item[0], tuple(content_hash(volume) for volume in item[1])
+def _hash(item: tuple[int, Case]) -> tuple[int, _Hashes]:
+    index, case = item
+    images = tuple(content_hash(volume) for volume in case.channels)
+    return index, _Hashes(images, content_hash(case.label) if case.label else "")

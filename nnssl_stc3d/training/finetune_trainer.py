@@ -109,6 +109,9 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint, complete on disk before it takes its name."""
+        # The other ranks write nothing; they would move or remove the file that rank 0 is writing.
+        if self.local_rank != 0:
+            return
         with written_whole(filename) as beside:
             super().save_checkpoint(str(beside))
 

@@ -245,6 +245,7 @@ class PretrainTrainer(nnUNetTrainer):
                 f"the batch of {size} volumes must be a multiple of the number of GPUs, got {world}. Use fewer GPUs or "
                 "a trainer with another batch_size."
             )
+        self.config.check_share(size // world)
         return size // world
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -334,9 +335,9 @@ class PretrainTrainer(nnUNetTrainer):
         self.current_epoch += 1
         if self._best_ema is None or smoothed < self._best_ema:
             self._best_ema = smoothed
-            self._save("checkpoint_best.pth")
+            self._save(join(self.output_folder, "checkpoint_best.pth"))
         if self.current_epoch % self.save_every == 0 and self.current_epoch != self.num_epochs:
-            self._save("checkpoint_latest.pth")
+            self._save(join(self.output_folder, "checkpoint_latest.pth"))
         if self.local_rank == 0:
             self.logger.plot_progress_png(self.output_folder)
 
@@ -371,6 +372,9 @@ class PretrainTrainer(nnUNetTrainer):
         """Write everything that continuing, finetuning and sharing need; plain values and CPU tensors only.
 
         nnU-Net calls this at the end of the training with the epoch counter set back by one.
+
+        Args:
+            filename: path of the file; its folder must exist.
         """
         self._save(filename, self.current_epoch + 1)
 
@@ -381,7 +385,7 @@ class PretrainTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         epoch = self.current_epoch if epoch is None else epoch
-        save_checkpoint_atomically(collect_state(self, epoch), join(self.output_folder, filename))
+        save_checkpoint_atomically(collect_state(self, epoch), filename)
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue a pretraining from a file or what :func:`collect_state` returned."""

@@ -53,7 +53,7 @@ def collect_state(trainer: PretrainTrainer, epoch: int) -> dict[str, Any]:
 
 
 def restore_state(trainer: PretrainTrainer, checkpoint: dict[str, Any]) -> None:
-    """Continue from :func:`collect_state`: weights, heads, optimiser, log, epoch and random states.
+    """Continue from :func:`collect_state`: weights, heads, optimiser, log, epoch and, on rank 0, random states.
 
     Raises:
         ValueError: if the checkpoint is not of this method and network.
@@ -81,6 +81,9 @@ def restore_state(trainer: PretrainTrainer, checkpoint: dict[str, Any]) -> None:
     trainer.logger.load_checkpoint(checkpoint["logging"])
     trainer._best_ema = checkpoint["_best_ema"]
     trainer.current_epoch = checkpoint["current_epoch"]
+    # The states are those of rank 0; the other ranks keep their own, or all would drop out and mask alike.
+    if trainer.local_rank != 0:
+        return
     torch.set_rng_state(checkpoint["rng_state"]["torch"])
     if trainer.device.type == "cuda" and checkpoint["rng_state"]["cuda"] is not None:
         torch.cuda.set_rng_state(checkpoint["rng_state"]["cuda"], trainer.device)

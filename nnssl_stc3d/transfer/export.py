@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from nnssl_stc3d.transfer.checkpoint import (
 from nnssl_stc3d.transfer.differences import PlansReference, plans_of_checkpoint
 
 STOCK_TRAINER = "nnUNetTrainer"
+# Class names of networks that nnU-Net can build only where this package is installed.
+OUR_NETWORKS = "nnssl_stc3d."
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 FINGERPRINT = "dataset_fingerprint.json"
 # What an exported encoder needs besides its weights; heads, optimiser and random states stay behind.
@@ -70,6 +72,9 @@ def export_nnunet(
 def export_safetensors(source: str | Path, output: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the encoder alone as safetensors; plans, dataset.json, method and versions are JSON strings beside it.
 
+    The encoder is what pretraining trained but the decoder: ``encoder`` of a U-Net, ``down_projection`` and ``eva`` of
+    Primus.
+
     Args:
         source: Pretraining checkpoint, or its results folder.
         output: File to write, ending in ``.safetensors``.
@@ -79,7 +84,8 @@ def export_safetensors(source: str | Path, output: str | Path, *, overwrite: boo
         The file that was written.
 
     Raises:
-        ValueError: If the source is no pretraining checkpoint, or the output exists or has another ending.
+        ValueError: If the source is no pretraining checkpoint or trained no encoder, or the output exists or has
+            another ending.
         RuntimeError: If the file cannot be written.
     """
     from safetensors.torch import save
@@ -87,23 +93,31 @@ def export_safetensors(source: str | Path, output: str | Path, *, overwrite: boo
     file = _output_file(output, SAFETENSORS_SUFFIX, overwrite)
     checkpoint = _load_pretraining(source)
     shared = {key: checkpoint[key] for key in SHARED_KEYS if key in checkpoint}
-    shared["method"] = {**checkpoint["method"], "transfers": ["encoder"]}
+    transfers = checkpoint["method"]["transfers"]
+    parts = [part for part in transfers if part != "decoder"]
+    tensors = encoder_tensors(checkpoint["network_weights"], parts)
+    if not tensors:
+        raise ValueError(
+            f"Expected a pretraining that trained an encoder, but the checkpoint transfers {', '.join(transfers)} and "
+            f"has no weights of an encoder. Export it with --format nnunet, which keeps the whole network: {source}"
+        )
+    shared["method"] = {**checkpoint["method"], "transfers": parts}
     metadata = {key: json.dumps(to_plain(value)) for key, value in shared.items()}
-    tensors = encoder_tensors(checkpoint["network_weights"])
     write_atomically(file, lambda opened: opened.write(save(tensors, {"format": "pt", **metadata})))
     return file
 
 
-def encoder_tensors(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def encoder_tensors(weights: dict[str, Tensor], parts: Sequence[str]) -> dict[str, Tensor]:
     """Selects the encoder's tensors, each once.
 
     Args:
-        weights: State dict of a U-Net.
+        weights: State dict of a network.
+        parts: Names of the network's modules that encode, such as ``("encoder",)``.
 
     Returns:
-        Contiguous CPU tensors under ``encoder.*``, without those under ``all_modules`` that repeat another one.
+        Contiguous CPU tensors under ``PART.*``, without those under ``all_modules`` that repeat another one.
     """
-    encoder = {key: value for key, value in weights.items() if key.startswith("encoder.")}
+    encoder = {key: value for key, value in weights.items() if key.split(".")[0] in parts}
     selected: dict[str, Tensor] = {}
     for key, value in encoder.items():
         block, repeats, _ = key.partition(".all_modules.")
@@ -129,7 +143,8 @@ def export_stock_trainer(source: str | Path, output: str | Path, *, overwrite: b
         The model folder, complete for ``nnUNetv2_predict_from_modelfolder``.
 
     Raises:
-        ValueError: If the source is a pretraining, incomplete, not a stock architecture, or the output exists.
+        ValueError: If the source is a pretraining, incomplete, not a stock architecture, or the output exists or
+            belongs to another dataset.
         RuntimeError: If a file cannot be written.
     """
     files = find_checkpoints(source)
@@ -140,6 +155,15 @@ def export_stock_trainer(source: str | Path, output: str | Path, *, overwrite: b
         if not file.parent.name.startswith("fold_"):
             raise ValueError(f"Expected {file.name} in a folder such as fold_0, but it lies in {file.parent}.")
         _refuse_to_overwrite(destination, overwrite)
+    beside = {
+        name: json.dumps(to_plain(value), indent=4).encode("utf-8")
+        for name, value in (("plans.json", reference.plans), ("dataset.json", dataset_json))
+    }
+    fingerprint = files[0].parent.parent / FINGERPRINT
+    if fingerprint.is_file():
+        beside[FINGERPRINT] = fingerprint.read_bytes()
+    for name, content in beside.items():
+        _refuse_to_mix(model / name, content, overwrite)
     for file, destination in zip(files, destinations, strict=True):
         checkpoint = load_checkpoint(file)
         _check_stock_architecture(file, *_model_of(checkpoint, file), checkpoint["network_weights"])
@@ -147,11 +171,8 @@ def export_stock_trainer(source: str | Path, output: str | Path, *, overwrite: b
         stock = {key: checkpoint[key] for key in kept if key in checkpoint}
         destination.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint_atomically(to_plain({**stock, "trainer_name": STOCK_TRAINER}), destination)
-    for name, content in (("plans.json", reference.plans), ("dataset.json", dataset_json)):
-        (model / name).write_text(json.dumps(to_plain(content), indent=4, sort_keys=False), encoding="utf-8")
-    fingerprint = files[0].parent.parent / FINGERPRINT
-    if fingerprint.is_file():
-        shutil.copyfile(fingerprint, model / FINGERPRINT)
+    for name, content in beside.items():
+        _write_bytes(model / name, content)
     return model
 
 
@@ -231,16 +252,41 @@ def _refuse_to_overwrite(file: Path, overwrite: bool) -> None:
         raise ValueError(f"{file} exists already. Choose another output, or add --overwrite to replace it.")
 
 
+def _refuse_to_mix(file: Path, content: bytes, overwrite: bool) -> None:
+    """Refuses to replace JSON that says something else: folds of another model may lie beside it."""
+    if overwrite or not file.exists():
+        return
+    try:
+        same = json.loads(file.read_bytes()) == json.loads(content)
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"{file} differs from that of this model: the folder holds a model of another dataset or of other plans. "
+            "Choose another output, or add --overwrite to replace it; folds of the other model would stay beside it."
+        )
+
+
+def _write_bytes(file: Path, content: bytes) -> None:
+    write_atomically(file, lambda opened: opened.write(content))
+
+
 def _check_stock_architecture(
     file: Path, reference: PlansReference, dataset_json: dict[str, Any], weights: dict[str, Tensor]
 ) -> None:
-    """Builds the network as the stock trainer will, and loads the weights strictly."""
+    """Builds the network as the stock trainer will without this package, and loads the weights strictly."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     plans = PlansManager(deepcopy(reference.plans))
     configuration = plans.get_configuration(reference.configuration)
+    if configuration.network_arch_class_name.startswith(OUR_NETWORKS):
+        raise ValueError(
+            f"{file} is a {configuration.network_arch_class_name}, which nnU-Net cannot build without nnssl_stc3d, so "
+            f"it cannot be used under the name {STOCK_TRAINER}. Share the model folder as it is; whoever predicts with "
+            "it needs nnssl_stc3d."
+        )
     network = get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,

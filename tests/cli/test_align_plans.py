@@ -100,6 +100,46 @@ def test_the_target_gets_the_plans_of_a_checkpoint(roots, tiny_plans, pretrainin
     assert f"-p theirs_Dataset700 -pretrained_weights '{file}'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["nnunet", "safetensors"])
+def test_the_target_gets_the_plans_of_an_exported_encoder(roots, tiny_plans, pretraining_checkpoint, form):
+    """Without touching what is preprocessed: the folder of the data is one of its own."""
+    torch.save(pretraining_checkpoint(tiny_plans()), roots / "checkpoint_final.pth")
+    file = roots / {"nnunet": "encoder.pth", "safetensors": "encoder.safetensors"}[form]
+    assert main(["export", str(roots / "checkpoint_final.pth"), "-o", str(file), "--format", form]) == 0
+    assert main(["align-plans", "--checkpoint", str(file), "--target", "4"]) == 0
+    configurations = [
+        json.loads((preprocessed(roots, TARGET) / f"{name}.json").read_text(encoding="utf-8"))["configurations"]
+        for name in ("nnUNetPlans", "nnUNetPlans_Dataset801")
+    ]
+    own, aligned = (found["3d_fullres"]["data_identifier"] for found in configurations)
+    assert (own, aligned) == ("nnUNetPlans_3d_fullres", "nnUNetPlans_Dataset801_3d_fullres")
+
+
+@pytest.mark.parametrize("to", ["target", "pretraining"])
+@pytest.mark.parametrize(
+    ("network", "trainer"),
+    [
+        ("nnssl_stc3d.modules.primus.PlansPrimus", "AlicePrimusPretrainTrainer"),
+        ("nnssl_stc3d.modules.swin_unetr.PlansSwinUNETR", None),
+        ("nnssl_stc3d.modules.fpn.VoxelFPN", "STC3DPretrainTrainer"),
+    ],
+)
+def test_the_trainer_suits_the_network(roots, tiny_plans, tiny_dataset_json, capsys, network, trainer, to):
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = network
+    for dataset in (PRETRAINING, TARGET):
+        write_dataset(roots, dataset, plans | {"plans_name": "others"}, tiny_dataset_json())
+    assert main([*BOTH, "-p", "others", "--to", to]) == 0
+    printed = capsys.readouterr().out.split("Next:")[1]
+    assert ("nnUNetv2_train 801" in printed) == (to == "target" and trainer is not None)
+    if trainer:
+        assert f"/{trainer}__others" in printed and "Nothing in nnssl_stc3d" not in printed
+        assert to == "pretraining" or f"-tr {trainer} -p others_Dataset004" in printed
+    else:
+        assert "# Nothing in nnssl_stc3d pretrains the network" in printed and "-pretrained_weights WEIGHTS" in printed
+        assert "PretrainTrainer" not in printed
+
+
 def test_the_papers_configuration_is_written_for_both(roots, capsys):
     assert main([*BOTH, "--paper"]) == 0
     for dataset, patch in ((PRETRAINING, 128), (TARGET, 96)):
@@ -109,6 +149,8 @@ def test_the_papers_configuration_is_written_for_both(roots, capsys):
     output = capsys.readouterr().out
     assert "250, mean -175, std 425" in output and "views are half of it: 64" in output
     assert output.count("nnUNetv2_preprocess") == 2
+    assert "all -tr STC3DPaperPretrainTrainer -p nnUNetPlans_STC3DPaper" in output
+    assert "/STC3DPaperPretrainTrainer__nnUNetPlans_STC3DPaper__3d_fullres/" in output
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(roots, capsys):

@@ -93,6 +93,19 @@ def test_kinds_of_links(target, scans, links):
         assert os.path.isabs(os.readlink(image)) == (links == "absolute")
 
 
+def test_a_copy_is_made_where_no_relative_path_leads(target, scans, monkeypatch):
+    """From one Windows drive to another."""
+
+    def other_drive(path, start):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", other_drive)
+    case = scans("a")
+    write_dataset([case], target, WriteOptions(links="relative"))
+    image = target.folder / "imagesTr" / "a_0000.nii.gz"
+    assert not image.is_symlink() and image.read_bytes() == case.channels[0].path.read_bytes()
+
+
 def test_ending_that_needs_fewest_conversions(target, scans):
     cases = [scans("a", 0, ".nrrd"), scans("b", 1, ".nrrd"), scans("c", 2, ".nii.gz")]
     assert choose_ending(cases) == ".nrrd" and choose_ending(cases[1:]) == ".nii.gz"

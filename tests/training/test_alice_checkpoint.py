@@ -62,7 +62,7 @@ def test_target_branch_centres_and_schedules_continue(make_trainer, primus_plans
     whole.on_train_start()
     steps(whole, 2)
     whole.current_epoch = 1
-    whole._save("checkpoint_latest.pth")
+    whole._save(f"{whole.output_folder}/checkpoint_latest.pth")
     path = f"{whole.output_folder}/checkpoint_latest.pth"
     saved = torch.load(path, weights_only=True)
     state = saved["method_state"]
@@ -122,7 +122,9 @@ def test_without_maps_the_log_says_how_crops_correspond(make_trainer):
 
 def write_maps(folder: Path, spacing) -> None:
     embedding_folder(folder).mkdir()
-    EmbeddingRecord("nnUNetPlans", "3d_fullres", spacing, "some.pth", "ab", "vox2vec").write(embedding_folder(folder))
+    EmbeddingRecord("nnUNetPlans", "3d_fullres", spacing, "some.pth", "ab", "vox2vec", 4).write(
+        embedding_folder(folder)
+    )
     drawn = np.random.default_rng(0).normal(size=(8, 8, 6, 6))
     for case in range(6):
         # One anatomy for all.
@@ -167,7 +169,7 @@ def test_primus_is_transferred_without_its_segmentation_head(make_trainer, primu
     trainer = make_trainer(TokensTrainer, primus_plans)
     trainer.on_train_start()
     steps(trainer, 1)
-    trainer._save("checkpoint_final.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_final.pth")
     target = tiny_network(primus_plans, classes=5, seed=3)
     head = {k: v.clone() for k, v in target.up_projection.state_dict().items()}
     report = load_pretrained(target, f"{trainer.output_folder}/checkpoint_final.pth", primus_plans, "3d_fullres")

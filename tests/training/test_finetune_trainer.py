@@ -99,6 +99,16 @@ def test_its_checkpoint_is_complete_before_it_takes_its_name(trainer, request, t
     assert not path.with_name("checkpoint_latest.pth.tmp").exists()
 
 
+def test_only_the_first_of_several_gpus_touches_the_file(trainer, tmp_path):
+    trainer.initialize()
+    half = tmp_path / "checkpoint_latest.pth.tmp"
+    half.write_bytes(b"what rank 0 has written so far")
+    trainer.local_rank = 1
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert half.read_bytes() == b"what rank 0 has written so far"
+    assert not (tmp_path / "checkpoint_latest.pth").exists()
+
+
 def test_nothing_is_written_when_checkpointing_is_disabled(trainer, tmp_path):
     trainer.initialize()
     trainer.disable_checkpointing = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass, replace
+from os import listdir
+from os.path import isabs
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
     trainer.logger.log("val_losses", np.float64(1.5), 0)
     trainer._best_ema = np.float32(0.5)
     trainer.current_epoch = 1
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
     saved = torch.load(path, weights_only=True)
     assert saved["current_epoch"] == 1
@@ -76,7 +78,7 @@ def test_continuing_gives_the_dropout_that_would_have_come(make_trainer, tiny_pl
     whole = started(make_trainer(plans=plans))
     steps(whole, 2)
     whole.current_epoch = 1
-    whole._save("checkpoint_latest.pth")
+    whole._save(f"{whole.output_folder}/checkpoint_latest.pth")
     after = steps(whole, 2)
     continued = make_trainer(plans=plans)
     continued.load_checkpoint(f"{whole.output_folder}/checkpoint_latest.pth")
@@ -85,10 +87,38 @@ def test_continuing_gives_the_dropout_that_would_have_come(make_trainer, tiny_pl
         assert torch.equal(value, weights(continued)[key]), key
 
 
+def test_every_gpu_continues_with_random_numbers_of_its_own(make_trainer):
+    """The states in a checkpoint are those of the first."""
+    trainer = started(make_trainer())
+    path = f"{trainer.output_folder}/checkpoint_latest.pth"
+    trainer._save(path)
+    other = make_trainer()
+    other.initialize()
+    other.local_rank = 1
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    other.load_checkpoint(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_folder_of_results_may_be_relative(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("nnUNet_results", "nnUNet_results")
+    trainer = started(make_trainer())
+    assert not isabs(trainer.output_folder)
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    trainer.on_train_epoch_end([{"loss": 1.0}])
+    trainer.logger.log("val_losses", 1.0, 0)
+    trainer.on_epoch_end()
+    trainer.on_train_end()
+    assert {"checkpoint_best.pth", "checkpoint_final.pth"} <= set(listdir(trainer.output_folder))
+
+
 def test_nothing_is_written_when_checkpointing_is_disabled(make_trainer):
     trainer = started(make_trainer())
     trainer.disable_checkpointing = True
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
     with pytest.raises(ValueError, match="is not there"):
         make_trainer().load_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
@@ -96,7 +126,7 @@ def test_nothing_is_written_when_checkpointing_is_disabled(make_trainer):
 
 def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(make_trainer, monkeypatch):
     trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
     before = open(path, "rb").read()
 
@@ -107,13 +137,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint_and_says_so(make_trainer, mon
     monkeypatch.setattr(torch, "save", full)
     steps(trainer, 1)
     with pytest.raises(RuntimeError, match=r"(?s)No space left on device.*previous file.*untouched.*--c"):
-        trainer._save("checkpoint_latest.pth")
+        trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     assert open(path, "rb").read() == before
 
 
 def test_a_checkpoint_of_another_method_is_refused(make_trainer):
     trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     path = f"{trainer.output_folder}/checkpoint_latest.pth"
     saved = torch.load(path, weights_only=True)
     saved["method"]["name"] = "VoCo"
@@ -124,7 +154,7 @@ def test_a_checkpoint_of_another_method_is_refused(make_trainer):
 
 def test_a_checkpoint_of_another_network_is_refused(make_trainer, tiny_plans):
     trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     other = make_trainer(plans=tiny_plans(features_per_stage=[4, 8, 16]))
     with pytest.raises(ValueError, match="does not fit this network; was the dataset planned again"):
         other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
@@ -141,7 +171,7 @@ def test_a_finetuning_checkpoint_cannot_be_continued(make_trainer, tmp_path):
 
 def test_options_that_changed_since_the_checkpoint_are_reported(make_trainer, tiny_trainer):
     trainer = started(make_trainer())
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
 
     class Warmer(tiny_trainer):
         config = replace(tiny_trainer.config, temperature=0.5)
@@ -154,7 +184,7 @@ def test_options_that_changed_since_the_checkpoint_are_reported(make_trainer, ti
 def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(make_trainer, monkeypatch):
     trainer = started(make_trainer())
     written = []
-    monkeypatch.setattr(trainer, "_save", lambda name, *_: written.append((trainer.current_epoch, name)))
+    monkeypatch.setattr(trainer, "_save", lambda path, *_: written.append((trainer.current_epoch, path)))
     for epoch, loss in enumerate([3.0, 1.0, 10.0, 1.0]):
         trainer.current_epoch = epoch
         trainer.on_epoch_start()
@@ -163,7 +193,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(m
         trainer.logger.log("val_losses", loss, epoch)
         trainer.on_epoch_end()
     # Smoothed: 3, 2.8, 3.52, 3.27.
-    assert [epoch for epoch, name in written if name == "checkpoint_best.pth"] == [1, 2]
+    assert [epoch for epoch, path in written if path.endswith("/checkpoint_best.pth")] == [1, 2]
     assert trainer._best_ema == pytest.approx(2.8)
 
 
@@ -193,7 +223,7 @@ def test_buffers_of_a_method_are_updated_saved_and_restored(make_trainer, tiny_t
     trainer = started(make_trainer(Trainer))
     steps(trainer, 2)
     assert float(trainer.method.progress) == 0.5
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     other = make_trainer(Trainer)
     other.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
     assert float(other.method.progress) == 0.5

@@ -308,7 +308,7 @@ def test_every_trained_parameter_gets_a_gradient_under_ddp(
     trainer.on_train_epoch_end(outputs)
     assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(np.mean([o["loss"] for o in outputs]))
     # Checkpoints are written without DDP's prefix.
-    trainer._save("checkpoint_latest.pth")
+    trainer._save(f"{trainer.output_folder}/checkpoint_latest.pth")
     saved = torch.load(f"{trainer.output_folder}/checkpoint_latest.pth", weights_only=True)
     assert not any(k.startswith("module.") for k in {**saved["network_weights"], **saved["method_state"]})
 
@@ -324,6 +324,15 @@ def test_the_batch_is_shared_by_all_gpus(make_trainer, tiny_trainer, monkeypatch
             trainer._share_of_batch()
     else:
         assert trainer._share_of_batch() == share
+
+
+def test_a_share_without_negatives_is_refused(make_trainer, tiny_trainer, monkeypatch):
+    trainer = make_trainer()
+    trainer.config = replace(trainer.config, batch_size=2, info_nce_weight=1.0, regions=1)
+    trainer.is_ddp = True
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="needs negatives on every GPU"):
+        trainer._share_of_batch()
 
 
 def test_ranks_see_different_views(make_trainer):

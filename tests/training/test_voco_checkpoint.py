@@ -35,7 +35,7 @@ def test_the_teacher_is_saved_and_continues(make_trainer, trainer_class):
     initial = {k: v.clone() for k, v in whole.method.teacher.state_dict().items()}
     steps(whole, 2)
     whole.current_epoch = 1
-    whole._save("checkpoint_latest.pth")
+    whole._save(f"{whole.output_folder}/checkpoint_latest.pth")
     path = f"{whole.output_folder}/checkpoint_latest.pth"
     saved = torch.load(path, weights_only=True)
     teacher = {k: v for k, v in saved["method_state"].items() if k.startswith("teacher.")}

@@ -123,6 +123,37 @@ def test_safetensors_load_into_a_network(pretrained, tiny_network, tmp_path):
         assert torch.equal(tensor, checkpoint["network_weights"][f"encoder.{name}"])
 
 
+def test_safetensors_of_primus_hold_its_embedding_and_transformer(
+    tiny_plans, tiny_network, pretraining_checkpoint, tmp_path
+):
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"]["architecture"] = {
+        "network_class_name": "nnssl_stc3d.modules.primus.PlansPrimus",
+        "arch_kwargs": {
+            "embed_dim": 24, "patch_embed_size": [8, 8, 8], "eva_depth": 1, "eva_numheads": 1,
+            "input_shape": [16, 16, 16],
+        },
+        "_kw_requires_import": [],
+    }  # fmt: skip
+    checkpoint = pretraining_checkpoint(plans, transfers=("down_projection", "eva"))
+    save_checkpoint_atomically(checkpoint, tmp_path / "checkpoint_final.pth")
+    written = export_safetensors(tmp_path / "checkpoint_final.pth", tmp_path / "encoder.safetensors")
+    network = tiny_network(plans)
+    report = load_pretrained(network, written, plans, "3d_fullres")
+    assert report.parts == ("down_projection", "eva") and report.loaded
+    for part in report.parts:
+        for name, tensor in getattr(network, part).state_dict().items():
+            assert torch.equal(tensor, checkpoint["network_weights"][f"{part}.{name}"])
+
+
+def test_safetensors_of_no_encoder_are_refused(tiny_plans, pretraining_checkpoint, tmp_path):
+    file = tmp_path / "checkpoint_final.pth"
+    save_checkpoint_atomically(pretraining_checkpoint(tiny_plans(), transfers=("decoder",)), file)
+    with pytest.raises(ValueError, match="Expected a pretraining that trained an encoder.*transfers decoder"):
+        export_safetensors(file, tmp_path / "encoder.safetensors")
+    assert not (tmp_path / "encoder.safetensors").exists()
+
+
 def test_truncated_safetensors_are_called_damaged(pretrained, tmp_path):
     written = export_safetensors(pretrained[0], tmp_path / "encoder.safetensors")
     written.write_bytes(written.read_bytes()[:-10])
@@ -229,6 +260,30 @@ def test_nothing_is_overwritten_unless_asked(pretrained, finetuned, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
         export_stock_trainer(finetuned, tmp_path / "shared")
     assert not (tmp_path / "shared" / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_1").exists()
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json", "dataset_fingerprint.json"])
+def test_folds_of_another_model_are_not_mixed_in_unless_asked(finetuned, tmp_path, name):
+    written = export_stock_trainer(finetuned / "fold_0", tmp_path / "shared")
+    ours = (written / name).read_bytes()
+    (written / name).write_text('{"of": "another dataset"}')
+    with pytest.raises(ValueError, match=f"{name} differs from that of this model.*--overwrite"):
+        export_stock_trainer(finetuned / "fold_1", tmp_path / "shared")
+    assert (written / name).read_text(encoding="utf-8") == '{"of": "another dataset"}'
+    assert not (written / "fold_1").exists()
+    export_stock_trainer(finetuned / "fold_1", tmp_path / "shared", overwrite=True)
+    assert (written / name).read_bytes() == ours
+
+
+def test_a_network_of_this_package_is_not_called_stock(finetuned, tmp_path):
+    file = finetuned / "fold_0" / "checkpoint_final.pth"
+    checkpoint = load_checkpoint(file)
+    architecture = checkpoint["init_args"]["plans"]["configurations"]["3d_fullres"]["architecture"]
+    architecture["network_class_name"] = "nnssl_stc3d.modules.fpn.VoxelFPN"
+    torch.save(checkpoint, file)
+    with pytest.raises(ValueError, match="VoxelFPN, which nnU-Net cannot build without nnssl_stc3d"):
+        export_stock_trainer(file, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
 
 
 def test_wrong_ending_and_empty_folder_are_explained(pretrained, tmp_path):
