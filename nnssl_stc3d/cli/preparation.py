@@ -173,8 +173,9 @@ def _with_results(
 
 
 def print_next(number: int) -> None:
-    """Prints nnU-Net's command that comes next."""
-    print(f"Next: nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
+    """Prints the command that comes next."""
+    print(f"Next, to pretrain for a labelled dataset: nnssl_stc3d align-plans --pretrain {number} --target DATASET")
+    print(f"or by itself: nnUNetv2_plan_and_preprocess -d {number} -c 3d_fullres --verify_dataset_integrity")
 
 
 def dataset_folder(number: int, name: str) -> Path:

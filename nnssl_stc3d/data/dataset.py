@@ -110,5 +110,6 @@ def _unusable(problems: Sequence[str]) -> str:
     listed = "\n  ".join(problems)
     return (
         f"{len(problems)} case(s) cannot be used for pretraining:\n  {listed}\n"
-        "Remove them from the raw dataset (or repair them) and preprocess again."
+        "Repair them and preprocess again, or leave them out: remove their files (CASE.b2nd, CASE_seg.b2nd, CASE.pkl) "
+        "from the folder of the preprocessed cases and train fold all."
     )

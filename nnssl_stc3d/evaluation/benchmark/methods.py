@@ -118,13 +118,13 @@ class Method:
         return f"{self.name} ({changes})" if changes else self.name
 
 
+_FAMILIES = {"voco": "VoCo", "pimpic": "PiMPiC", "vox2vec": "Vox2Vec", "alice": "Alice"}
 _TRAINERS = {
     "stc3d": "STC3DPretrainTrainer",
     "stc3d-paper": "STC3DPaperPretrainTrainer",
-    "voco": "VoCoPretrainTrainer",
-    "pimpic": "PiMPiCPretrainTrainer",
-    "vox2vec": "Vox2VecPretrainTrainer",
-    "alice": "AlicePretrainTrainer",
+    **{name: f"{family}PretrainTrainer" for name, family in _FAMILIES.items()},
+    **{f"{name}-paper": f"{family}PaperPretrainTrainer" for name, family in _FAMILIES.items()},
+    **{f"{name}-official": f"{family}OfficialPretrainTrainer" for name, family in _FAMILIES.items()},
 }
 METHODS = {name: Method(name, trainer) for name, trainer in _TRAINERS.items()}
 
