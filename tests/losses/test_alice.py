@@ -15,6 +15,7 @@ from nnssl_stc3d.losses.alice import (
     image_to_blocks,
     masked_reconstruction,
     normalised_blocks,
+    normalised_views,
     paired_cosine,
 )
 
@@ -96,6 +97,14 @@ def test_blocks_are_normalised_each_on_its_own():
         assert block.mean().abs() < 1e-5 and block.std() == pytest.approx(1, abs=1e-4)
         original = images[n, :, z : z + 2, y : y + 3, x : x + 4]
         assert torch.allclose(block, (original - original.mean()) / original.std(), atol=1e-4)
+
+
+def test_views_are_normalised_each_on_its_own_over_all_channels():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 4, 5, 6, generator=generator, dtype=torch.float64)
+    images = images * torch.tensor([0.1, 3.0]).view(2, 1, 1, 1, 1) + torch.arange(3.0).view(1, 3, 1, 1, 1)
+    for image, result in zip(images, normalised_views(images)):
+        torch.testing.assert_close(result, (image - image.mean()) / (image.var() + 0.01).sqrt())
 
 
 def test_blocks_come_in_c_order_and_go_back():

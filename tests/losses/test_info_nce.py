@@ -238,6 +238,13 @@ def test_retrieval_counts_the_points_that_find_themselves(rows):
     assert retrieval(first[:0], second[:0]) == 0
 
 
+def test_retrieval_looks_for_the_first_points_among_the_second():
+    first, second = torch.eye(2), torch.tensor([[1.0, 0.1], [1.0, 0.2]])
+    assert retrieval(first, second) == 1
+    # Both of the others lie nearest to the first point.
+    assert retrieval(second, first) == 0.5
+
+
 def test_retrieval_of_random_embeddings_is_chance():
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(400, 8, generator=generator).bfloat16() for _ in range(2))

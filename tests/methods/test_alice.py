@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from math import cos, pi
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nnssl_stc3d.losses.alice import (
@@ -253,6 +255,21 @@ def test_centres_follow_the_targets_logits(build, make_batch):
     assert torch.allclose(method.dv_centre, 0.1 * target[-1].mean(1).mean(0), atol=1e-7)
     assert torch.allclose(method.st_centre, 0.1 * embedded[-1].mean((0, 1)), atol=1e-7)
     assert {"dv_centre", "st_centre", "progress"} <= set(method.state_dict())
+
+
+def test_centres_are_those_of_all_gpus_together(build, make_batch, monkeypatch):
+    """The other of two GPUs has three times the logits, so that the mean of both is twice that of this one."""
+    alone = build(config_of(form="official"))
+    together, batch = copy.deepcopy(alone), make_batch(alone.config)
+    alone.train()(batch)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(1 + 3))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    together.train()(batch)
+    for name in ("dv_centre", "st_centre"):
+        centre = getattr(alone, name)
+        assert centre.abs().max() > 0
+        torch.testing.assert_close(getattr(together, name), 2 * centre)
 
 
 def test_the_target_temperature_warms_up(build, make_batch):

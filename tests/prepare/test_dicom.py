@@ -47,10 +47,12 @@ def test_slices_from_head_to_feet_are_put_in_order(tmp_path, dicom_series, ct):
     array = ct()
     flipped = (1, 0, 0, 0, 1, 0, 0, 0, -1)
     dicom_series(tmp_path, array, SPACING, ORIGIN, flipped)
-    image = only(tmp_path).volume.read()
+    found = only(tmp_path)
+    image = found.volume.read()
     # DICOM's rows and columns make a right-handed system: the last slice comes first.
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image), array[::-1])
     np.testing.assert_allclose(image.GetOrigin(), (*ORIGIN[:2], ORIGIN[2] - 11 * SPACING[2]), atol=1e-4)
+    np.testing.assert_allclose(found.header.origin, image.GetOrigin(), atol=1e-4)
 
 
 def test_files_without_ending(tmp_path, dicom_series, ct):
@@ -78,6 +80,21 @@ def test_missing_slices(tmp_path, dicom_series, ct):
         problem.code == "missing-slices" and "7.5 mm between" in problem.message and "2 are missing" in problem.message
     )
     assert "_003.dcm and" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "expected"),
+    [
+        (SPACING, 0, []),
+        # A fifth of the distance between slices.
+        (SPACING, 0.5, ["missing-slices"]),
+        ((0.7, 0.9, 2.5), 0, ["mixed-orientation"]),
+    ],
+)
+def test_both_halves_of_a_series_fit_each_other(tmp_path, dicom_series, ct, spacing, offset, expected):
+    dicom_series(tmp_path, ct()[:6], SPACING, ORIGIN, prefix="a")
+    dicom_series(tmp_path, ct()[6:], spacing, (*ORIGIN[:2], ORIGIN[2] + 6 * SPACING[2] + offset), prefix="b")
+    assert codes(tmp_path) == expected
 
 
 def test_duplicate_slices(tmp_path, dicom_series, ct):
@@ -109,6 +126,23 @@ def test_mixed_orientations(tmp_path, dicom_series, ct):
     assert problem.code == "mixed-orientation" and "2 orientations" in problem.message
 
 
+def test_slices_that_are_turned_a_little(tmp_path, dicom_series, ct):
+    angle = np.radians(2)
+    turned = (np.cos(angle), np.sin(angle), 0, -np.sin(angle), np.cos(angle), 0)
+    slices = [read_slice(file) for file in dicom_series(tmp_path, ct())]
+    slices[1::2] = [replace(one, axes=turned) for one in slices[1::2]]
+    _, header, (problem,) = stack(slices, alone=True)
+    assert header is None and problem.code == "mixed-orientation"
+
+
+def test_rows_and_columns_that_are_not_perpendicular(tmp_path, dicom_series, ct):
+    angle = np.radians(5)
+    skewed = (1, 0, 0, np.sin(angle), np.cos(angle), 0)
+    slices = [replace(read_slice(file), axes=skewed) for file in dicom_series(tmp_path, ct())]
+    _, header, (problem,) = stack(slices, alone=True)
+    assert header is None and problem.code == "not-orthonormal" and "cosine 0.087" in problem.message
+
+
 def test_mixed_sizes(tmp_path, dicom_series, ct):
     dicom_series(tmp_path, ct(0)[:8], prefix="a")
     dicom_series(tmp_path, ct(1, (8, 10, 10)), origin=(0, 0, 0), prefix="b")
@@ -123,13 +157,14 @@ def test_localiser_single_image_and_colour(tmp_path, dicom_series, ct):
     assert found == {"scout": "localiser", "single": "2d", "colour": "colour"}
 
 
-def test_a_tilted_gantry(tmp_path, dicom_series, ct):
+@pytest.mark.parametrize("angle", [3, 15])
+def test_a_tilted_gantry(tmp_path, dicom_series, ct, angle):
     for k, plane in enumerate(ct()):
-        # Each slice is moved by its height times the tangent of 15 degrees.
-        shifted = (ORIGIN[0], ORIGIN[1] + 2.5 * k * np.tan(np.radians(15)), ORIGIN[2] + 2.5 * k)
+        # Each slice is moved by its height times the tangent of the angle.
+        shifted = (ORIGIN[0], ORIGIN[1] + 2.5 * k * np.tan(np.radians(angle)), ORIGIN[2] + 2.5 * k)
         dicom_series(tmp_path, plane[None], SPACING, shifted, prefix=f"k{k:02d}_")
     (problem,) = only(tmp_path).problems
-    assert problem.code == "tilted" and "15.0 degrees" in problem.message
+    assert problem.code == "tilted" and f"{angle}.0 degrees" in problem.message
 
 
 @pytest.mark.parametrize("value", [b"0\\0", b"-1\\1", b"a\\b", b""])

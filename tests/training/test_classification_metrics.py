@@ -23,6 +23,14 @@ def test_two_classes_by_hand():
     assert found["cases"] == 6 and found["classes"] == ["no", "yes"]
 
 
+def test_classes_of_different_numbers_by_hand():
+    """Everything is taken for b, of which there is one case."""
+    found = classification_metrics([0, 0, 1], np.array([[0.1, 0.9]] * 3), ["a", "b"])
+    # Rows are what is true, columns what was found.
+    assert found["confusion_matrix"] == [[0, 2], [0, 1]]
+    assert found["accuracy"] == pytest.approx(1 / 3) and found["balanced_accuracy"] == 0.5
+
+
 def test_several_classes_against_scikit_learn():
     rng = np.random.default_rng(0)
     truth = rng.choice(4, size=60, p=[0.5, 0.3, 0.1, 0.1])

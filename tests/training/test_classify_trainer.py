@@ -109,6 +109,24 @@ def test_schedule_is_that_of_finetuning_and_the_encoder_may_start_frozen(make_tr
     assert changed == {"head.weight", "head.bias"}
 
 
+def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(make_trainer, phantoms, monkeypatch):
+    trainer = make_trainer(Short, fold=0)
+    trainer.initialize()
+    written = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda path: written.append((trainer.current_epoch, path)))
+    for epoch, loss in enumerate([3.0, 1.0, 10.0, 1.0]):
+        assert trainer.current_epoch == epoch
+        trainer.on_epoch_start()
+        trainer.logger.log("lrs", 0.1, epoch)
+        trainer.logger.log("train_losses", loss, epoch)
+        trainer.logger.log("val_losses", loss, epoch)
+        trainer.logger.log("val_balanced_accuracy", 0.5, epoch)
+        trainer.on_epoch_end()
+    # Smoothed: 3, 2.8, 3.52, 3.27.
+    assert [epoch for epoch, path in written if path.endswith("/checkpoint_best.pth")] == [0, 1]
+    assert trainer._best_ema == pytest.approx(2.8)
+
+
 def test_labels_are_checked_before_anything_is_made(make_trainer, nnunet, tmp_path):
     with pytest.raises(ValueError, match="Expected the labels in .*classification.csv, a CSV file with the columns"):
         make_trainer(Short, fold=0)

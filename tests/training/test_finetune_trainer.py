@@ -53,6 +53,26 @@ def test_the_learning_rate_changes_at_every_step(trainer, monkeypatch):
     assert rates == pytest.approx([3e-6, 6e-6, 9e-6])
 
 
+class FrozenStart(FinetuneTrainer):
+    epochs = 2
+    steps_per_epoch = 40
+    warmup_steps = 0
+    frozen_share = 0.5
+    thaw_steps = 4
+
+
+def test_a_frozen_start_multiplies_the_schedule_and_thaws_over_its_steps(make_trainer):
+    trainer = make_trainer(FrozenStart, fold=0)
+    trainer.initialize()
+    rest, encoder = trainer.optimizer.param_groups
+    schedule = trainer.lr_scheduler
+    for iteration, share in ((0, 0), (39, 0), (40, 0.1), (42, 10**-0.5), (44, 1), (79, 1)):
+        schedule.iteration = iteration - 1
+        schedule.advance()
+        assert rest["lr"] == pytest.approx(schedule.learning_rate(iteration))
+        assert encoder["lr"] == pytest.approx(share * rest["lr"])
+
+
 def test_pretrained_weights_go_through_our_loader_once(trainer, pretraining_checkpoint, tiny_plans, tmp_path):
     original = run_training.load_pretrained_weights
     trainer.initialize()
@@ -67,7 +87,7 @@ def test_pretrained_weights_go_through_our_loader_once(trainer, pretraining_chec
         if ".seg_layers." not in key:
             assert torch.equal(state[key], value), key
     log = open(trainer.log_file, encoding="utf-8").read()
-    assert "tensors loaded" in log and "adapted" in log and "fresh: decoder.seg_layers" in log
+    assert "tensors loaded" in log and "0 adapted" in log and "fresh: decoder.seg_layers" in log
 
 
 def test_the_environment_says_what_may_be_adapted(

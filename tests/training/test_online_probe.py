@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.training import online_probe
 from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.online_probe import ONLINE_VARIABLE, online_interval, probe_online, read_points
 
@@ -62,8 +63,25 @@ def test_pretraining_is_bit_equal_with_and_without_the_probe(make_trainer, tiny_
     logs = [run.logger.local_logger.my_fantastic_logging for run in runs]
     assert logs[0]["train_losses"] == logs[1]["train_losses"] and logs[0]["val_losses"] == logs[1]["val_losses"]
     assert "online_probe" not in logs[0]
-    # The image shows the labels, so even hardly trained features tell them apart better than chance.
-    assert len(logs[1]["online_probe"]) == 2 and all(1 / 3 < v <= 1 for v in logs[1]["online_probe"])
+    # The image shows the labels, so even hardly trained features tell them apart far better than by chance, 1 / 3.
+    assert len(logs[1]["online_probe"]) == 2 and all(0.5 < v <= 1 for v in logs[1]["online_probe"])
+
+
+@pytest.mark.parametrize(("shown", "expected"), [(False, pytest.approx(1 / 3, abs=0.15)), (True, 1.0)])
+def test_cases_that_were_not_fitted_are_scored(make_trainer, tiny_trainer, monkeypatch, shown, expected):
+    """More features than points: a probe that is scored on what it was fitted to gets noise right, too."""
+    rng = np.random.default_rng(0)
+
+    def read(*_):
+        rows, groups = rng.normal(size=(30, 200)), rng.integers(0, 3, 30)
+        return (np.eye(3)[groups] if shown else rows), groups
+
+    monkeypatch.setattr(online_probe, "read_points", read)
+    trainer = make_trainer(type("Probed", (tiny_trainer,), {"online_probe_every": 1}))
+    trainer.initialize()
+    trainer._datasets()
+    probe_online(trainer)
+    assert trainer.logger.local_logger.my_fantastic_logging["online_probe"] == [expected]
 
 
 def test_points_are_read_where_the_labels_are(labelled):

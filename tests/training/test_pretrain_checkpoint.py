@@ -52,6 +52,7 @@ def test_a_checkpoint_holds_plain_values_and_continues(make_trainer):
     torch.manual_seed(99)
     other.load_checkpoint(path)
     assert other.current_epoch == 1
+    assert other._best_ema == 0.5 and other.logger.get_value("val_losses", step=-1) == 1.5
     for key, value in weights(trainer).items():
         assert torch.equal(value, weights(other)[key]), key
     assert torch.equal(torch.get_rng_state(), saved["rng_state"]["torch"])

@@ -258,6 +258,40 @@ def test_the_optimiser_is_the_one_that_is_configured(make_trainer, tiny_trainer,
     assert all(p.requires_grad for p in group["params"])
 
 
+def test_the_schedule_is_the_one_that_is_configured(make_trainer, tiny_trainer):
+    class Trainer(tiny_trainer):
+        epochs = 100
+        steps_per_epoch = 10
+        config = replace(
+            tiny_trainer.config, learning_rate=5e-4, warmup_steps=7, schedule="constant", weight_decay_end=0.3
+        )
+
+    trainer = make_trainer(Trainer)
+    trainer.initialize()
+    schedule = trainer.lr_scheduler
+    assert (schedule.peak, schedule.total, schedule.warmup) == (5e-4, 1000, 7)
+    assert (schedule.shape, schedule.weight_decay_end) == ("constant", 0.3)
+
+
+def test_only_training_changes_intensities(make_trainer):
+    trainer = make_trainer()
+    trainer.initialize()
+    training, validation = trainer._datasets()
+    assert training.transform is not None and validation.transform is None
+
+
+def test_views_depend_on_the_configured_seed_and_differ_between_training_and_validation(make_trainer, tiny_trainer):
+    class Other(tiny_trainer):
+        config = replace(tiny_trainer.config, seed=5)
+
+    first, other = make_trainer(), make_trainer(Other)
+    for trainer in (first, other):
+        trainer.initialize()
+    training, validation = first._datasets()
+    assert training.seed != validation.seed
+    assert other._datasets()[0].seed != training.seed
+
+
 def test_one_fold_trains_on_its_training_cases_only(make_trainer, nnunet):
     trainer = make_trainer(fold=0)
     trainer.initialize()

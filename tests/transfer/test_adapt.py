@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl_stc3d.transfer.adapt import Adaptation, adapt_input_channels, adapt_kernel
+from nnssl_stc3d.transfer.adapt import Adaptation, adapt_depth, adapt_input_channels, adapt_kernel, common_levels
 from nnssl_stc3d.transfer.load import load_pretrained
 
 FLAT = [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
@@ -159,6 +159,17 @@ def test_stages_that_both_have_are_taken(
     assert "stages: pretrained with" in str(report)
 
 
+def test_a_decoder_loses_the_level_above_the_shallower_bottleneck_and_keeps_the_finer_ones():
+    """Five stages to four: of the decoder's four levels, the finest is the last."""
+    weights = {f"decoder.stages.{level}.weight": torch.tensor(float(level)) for level in range(4)}
+    weights |= {f"encoder.stages.{stage}.weight": torch.tensor(float(stage)) for stage in range(5)}
+    adapted = {name: float(value) for name, value in adapt_depth(weights, 4).items()}
+    encoder = {f"encoder.stages.{stage}.weight": stage for stage in range(4)}
+    assert adapted == encoder | {"decoder.stages.1.weight": 2, "decoder.stages.2.weight": 3}
+    common = [common_levels(f"decoder.stages.{level}.weight", 5, 4) for level in range(4)]
+    assert common == [False, False, True, True]
+
+
 def test_the_common_encoder_computes_the_same(tiny_plans, tiny_network, pretraining_checkpoint, configuration):
     source = tiny_plans(**DEEPER, **BLOCKS["PlainConvUNet"])
     target = tiny_plans()
@@ -222,7 +233,7 @@ def test_the_variable(text, expected):
 
 @pytest.mark.parametrize("text", ["dept", "stem", "stem=new", "depth=1"])
 def test_other_words_are_refused(text):
-    with pytest.raises(ValueError, match="understands depth, kernels and stem=divided|copied|fresh.* got"):
+    with pytest.raises(ValueError, match=r"understands depth, kernels and stem=divided\|copied\|fresh.* got"):
         Adaptation.from_environment({"NNSSL_STC3D_ADAPT": text})
 
 

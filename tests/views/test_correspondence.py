@@ -126,6 +126,18 @@ def test_a_search_finds_what_is_best_within_reach():
         np.testing.assert_array_equal(match, best)
 
 
+def test_the_way_back_is_searched_within_reach_too():
+    """A far cell of the query is even more like the match than the cell itself: anywhere, the way would end there."""
+    query, key = person(np.zeros(3)), person(np.zeros(3))
+    features = query.features.copy()
+    features[:, 0, 0, 0] = features[:, 4, 4, 4]
+    features[:, 4, 4, 4] = unit(features[:, 4, 4, 4].astype(np.float32) + 0.1 * features[:, 4, 4, 5])
+    query, cells = Guide(CELL, query.body, features), np.array([[4, 4, 4]])
+    for search, expected in ((0.2, True), (None, False)):
+        matches, accepted = match_cells(query, key, cells, 2.0, 0.9, search)
+        assert matches.tolist() == [[4, 4, 4]] and accepted[0] == expected
+
+
 def test_a_search_reaches_at_least_one_cell():
     query = person(np.zeros(3))
     matches, accepted = match_cells(query, query, np.array([[0, 0, 0]]), 2.0, -1.0, 1e-3)

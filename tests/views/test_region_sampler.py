@@ -263,21 +263,25 @@ def test_bins_of_the_first_view_are_the_centres_of_its_parts():
     assert targets["bins_inside"].all() and "points" not in targets
 
 
-def test_bins_overlap_where_they_lie_in_the_volume():
-    sampler = make_sampler(view_shape=(8, 8, 8), bins=(2, 2, 2), points=0, views_per_region=3, transforms=STRONG)
+@pytest.mark.parametrize(
+    ("view_shape", "bins", "size"), [((8, 8, 8), (2, 2, 2), (4, 4, 4)), ((8, 12, 8), (2, 2, 4), (4, 6, 2))]
+)
+def test_bins_overlap_where_they_lie_in_the_volume(view_shape, bins, size):
+    sampler = make_sampler(view_shape=view_shape, bins=bins, points=0, views_per_region=3, transforms=STRONG)
     rng = np.random.default_rng(0)
     specs = stack_specs([sampler.sample([(20, 22, 24)], rng).specs for _ in range(2)])
     targets = sampler.targets(specs, rng)
     views = specs.select(sampler.n_bases + sampler.pairs()[0])
-    centers = view_to_source(views, targets["bins"][:, :, 0].double(), (8, 8, 8))
-    found, seen = targets["bins_overlap"], set()
-    assert found.shape == (2, 4 * 8, 4 * 8)
-    for b, i, j in product(range(2), range(32), range(32)):
-        # Bins are 4 voxels of their view long; boxes of one size overlap by what is left along each axis.
-        apart = centers[b].flatten(0, 1)[j] - centers[b].flatten(0, 1)[i]
-        expected = (1 - (torch.linalg.inv(views.matrix[b, i // 8]) @ apart).abs() / 4).clamp(min=0).prod().item()
+    centers = view_to_source(views, targets["bins"][:, :, 0].double(), view_shape).flatten(1, 2)
+    found, seen, count = targets["bins_overlap"], set(), bins[0] * bins[1] * bins[2]
+    assert found.shape == (2, 4 * count, 4 * count)
+    to_view, length = torch.linalg.inv(views.matrix), torch.tensor(size)
+    for b, i, j in product(range(2), range(4 * count), range(4 * count)):
+        # Bins have one size in voxels of their view; boxes of one size overlap by what is left along each axis.
+        apart = to_view[b, i // count] @ (centers[b, j] - centers[b, i])
+        expected = (1 - apart.abs() / length).clamp(min=0).prod().item()
         assert found[b, i, j].item() == pytest.approx(expected, abs=1e-5)
-        seen.add((i == j, i // 8 == j // 8, expected > 0.2))
+        seen.add((i == j, i // count == j // count, expected > 0.2))
     # A bin overlaps with itself, with none of its own view, and with some of other views.
     assert {(True, True, True), (False, False, True), (False, False, False)} <= seen
     assert (False, True, True) not in seen

@@ -173,17 +173,19 @@ def test_a_region_that_is_coarser_along_one_axis_is_turned_rigidly_in_millimetre
     np.testing.assert_allclose(got.T @ got, expected.T @ expected, atol=1e-9)
 
 
-def test_translation_is_a_fraction_of_the_view():
-    ranges = TransformRanges(rotation=0, translation=0.25, scaling=(1, 1), min_overlap=0)
+@pytest.mark.parametrize("quarter_turns", [0, 1])
+def test_translation_is_a_fraction_of_the_view_along_its_own_axes(quarter_turns):
+    ranges = TransformRanges(rotation=0, translation=0.25, scaling=(1, 1), min_overlap=0, quarter_turns=quarter_turns)
     center, view_shape = np.full(3, 100.0), (8, 16, 32)
-    shifts = np.array(
-        [
-            controlled_view(center, 2 * np.eye(3), ranges, (200,) * 3, view_shape, SPACING, False, rng_of(seed))[0]
-            for seed in range(200)
-        ]
-    ) - center  # fmt: skip
-    limit = 0.25 * 2 * np.array(view_shape)
-    assert (np.abs(shifts) <= limit).all() and (np.abs(shifts).max(0) > 0.9 * limit).all()
+    views = [
+        controlled_view(center, 2 * np.eye(3), ranges, (200,) * 3, view_shape, SPACING, False, rng_of(seed))
+        for seed in range(200)
+    ]
+    shifts = np.array([np.linalg.inv(matrix) @ (view - center) for view, matrix in views])
+    limit = 0.25 * np.array(view_shape)
+    assert (np.abs(shifts) <= limit + 1e-9).all() and (np.abs(shifts).max(0) > 0.9 * limit).all()
+    if not quarter_turns:
+        np.testing.assert_allclose([matrix for _, matrix in views], [2 * np.eye(3)] * 200, atol=1e-12)
 
 
 def test_without_transformations_the_view_is_the_region():

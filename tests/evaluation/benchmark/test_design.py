@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -29,6 +30,8 @@ def test_labelled_cases_are_nested_and_from_the_pool(split):
         assert all(few < many for few, many in zip(draws, draws[1:]))
         assert draws[-1] == set(split.pool)
     assert split.labelled(5, 0) != split.labelled(5, 1)
+    # Another benchmark draws other cases with the same seed of a run.
+    assert split.labelled(5, 0) != replace(split, seed=1).labelled(5, 0)
 
 
 def test_a_fold_trains_and_validates_on_different_development_cases(split):
@@ -54,9 +57,9 @@ def test_a_written_split_stays(tmp_path, split):
     before = file.read_bytes()
     assert json.loads(before)["test"] == split.test
     fix_split(file, draw_split(CASES, 6, 4, 0))
-    for cases, test in ((CASES[:-1], 6), (CASES, 5)):
+    for cases, test, validation in ((CASES[:-1], 6, 4), (CASES, 5, 4), (CASES, 6, 3)):
         with pytest.raises(ValueError, match="other cases or with other numbers"):
-            fix_split(file, draw_split(cases, test, 4, 0))
+            fix_split(file, draw_split(cases, test, validation, 0))
     assert file.read_bytes() == before
 
 

@@ -26,6 +26,14 @@ def test_a_case_is_the_mean_of_its_structures():
     np.testing.assert_array_equal(mixed.case_means(), [3.0, 20.0])
 
 
+def test_a_structure_is_the_mean_over_seeds_and_cases():
+    results = [
+        Result("scratch", "stc3d", 5, seed, {"a": {"x": 10.0 + seed, "y": 20.0}, "b": {"x": 20.0 + seed, "y": 40.0}})
+        for seed in (0, 1)
+    ]
+    assert compare(results)[0].structures == {"x": 15.5, "y": 30.0}
+
+
 def test_differences_are_paired_by_seed_and_tested_like_scipy():
     rng = np.random.default_rng(0)
     scratch = {s: rng.normal(60, 5, 8) for s in range(5)}

@@ -17,19 +17,18 @@ CASES = [f"case{i}" for i in range(8)]
 NAME = "Dataset004_Made"
 
 
-@pytest.fixture
-def dataset(tmp_path):
+def make_dataset(root, name, cases):
     """A dataset of a user whose files are empty."""
-    raw, folder = tmp_path / "raw" / NAME, tmp_path / "preprocessed" / NAME
+    raw, folder = root / "raw" / name, root / "preprocessed" / name
     plans = {
         "plans_name": "nnUNetPlans",
-        "dataset_name": NAME,
+        "dataset_name": name,
         "configurations": {"3d_fullres": {"data_identifier": "nnUNetPlans_3d_fullres", "architecture": {}}},
     }
-    files = [folder / "nnUNetPlans_3d_fullres" / f"{c}{end}" for c in CASES for end in (".b2nd", "_seg.b2nd", ".pkl")]
-    files += [folder / "gt_segmentations" / f"{c}.nii.gz" for c in CASES]
-    files += [raw / "imagesTr" / f"{c}_{channel:04d}.nii.gz" for c in CASES for channel in (0, 1)]
-    files += [raw / "labelsTr" / f"{c}.nii.gz" for c in CASES]
+    files = [folder / "nnUNetPlans_3d_fullres" / f"{c}{end}" for c in cases for end in (".b2nd", "_seg.b2nd", ".pkl")]
+    files += [folder / "gt_segmentations" / f"{c}.nii.gz" for c in cases]
+    files += [raw / "imagesTr" / f"{c}_{channel:04d}.nii.gz" for c in cases for channel in (0, 1)]
+    files += [raw / "labelsTr" / f"{c}.nii.gz" for c in cases]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -37,6 +36,11 @@ def dataset(tmp_path):
         (place / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".nii.gz"}))
     (folder / "splits_final.json").write_text("[]")
     return Dataset(raw, folder, plans, "3d_fullres")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path, NAME, CASES)
 
 
 @pytest.fixture
@@ -56,6 +60,18 @@ def test_test_cases_are_linked_for_prediction_only(dataset, split, tmp_path):
     assert len(list(images.iterdir())) == 4 and all(f.is_symlink() for f in images.iterdir())
     assert workspace.ending(dataset) == ".nii.gz"
     workspace.link_datasets(dataset, split, "cpu")
+
+
+def test_every_case_of_another_pretraining_dataset_is_linked(dataset, split, tmp_path):
+    others = ["other0", "other1", "other2"]
+    pretraining = make_dataset(tmp_path, "Dataset801_Other", others)
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cpu", pretraining)
+    for name, cases in (("Dataset801_Other", others), (NAME, split.development)):
+        found = {f.name for f in (workspace.preprocessed / name).rglob("*_seg.b2nd")}
+        assert found == {f"{c}_seg.b2nd" for c in cases}
+    images, labels = workspace.cases("test")
+    assert not [*images.glob("other*"), *labels.glob("other*")]
 
 
 def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, split, tmp_path):
