@@ -259,8 +259,8 @@ class STC3D(PretrainMethod):
             groups = _volumes(batch.targets["points_inside"]) if config.dense_negatives == "volume" else None
             embedded: list[tuple[Tensor, Tensor]] = []
             if config.stage_weight > 0:
-                stages = descriptors.split([m.shape[1] for m in maps], dim=-1)[-len(self.stage_projectors) :]
-                embedded += [_embedded(stage, projector) for stage, projector in zip(stages, self.stage_projectors)]
+                by_stage = descriptors.split([m.shape[1] for m in maps], dim=-1)[-len(self.stage_projectors) :]
+                embedded += [_embedded(stage, projector) for stage, projector in zip(by_stage, self.stage_projectors)]
                 losses = [info_nce(*pairs, config.dense_temperature, groups) for pairs in embedded]
                 terms["stages"] = torch.stack(losses).mean()
             if config.dense_weight > 0:

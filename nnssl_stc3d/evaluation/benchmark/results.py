@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nnssl_stc3d.data.voxel_labels import ignored_value
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result
 from nnssl_stc3d.evaluation.benchmark.surface_dice import Structures, folder_surface_dice
@@ -57,7 +58,7 @@ def read_surface_dice(runs: Sequence[Run], settings: Settings, tolerance: float)
         tolerance: in mm.
     """
     wanted: Structures = _structures(settings)
-    ignored = settings.workspace.dataset_json(settings.target)["labels"].get("ignore")
+    ignored = ignored_value(settings.workspace.dataset_json(settings.target))
     truths, ending = settings.workspace.cases(settings.cases)[1], settings.workspace.ending(settings.target)
     results = []
     for run in tqdm(finished(runs, settings), desc="surface Dice", unit="run"):
