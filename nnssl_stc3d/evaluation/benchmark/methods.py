@@ -181,6 +181,33 @@ ABLATIONS: dict[str, list[Method]] = {
             scaling=_transforms(scaling=_DEFAULT.scaling),
         ),
     ],
+    # What STC3D's paper does not give a value for; no table of the papers.
+    "options": [
+        METHODS["stc3d"],
+        *_variants(
+            "stc3d",
+            tau_0_05={"dense_temperature": 0.05},
+            tau_0_2={"dense_temperature": 0.2},
+            three_views={"views_per_region": 3},
+            without_intensity={"intensity": 0.0},
+            half_ranges={"transforms": replace(_DEFAULT, rotation=15.0, translation=0.075, scaling=(0.9, 1.1))},
+            double_ranges={"transforms": replace(_DEFAULT, rotation=60.0, translation=0.3, scaling=(0.64, 1.6))},
+            less_overlap={"transforms": replace(_DEFAULT, min_overlap=0.2)},
+            scaling_per_axis={"transforms": replace(_DEFAULT, scaling_per_axis=True)},
+            quarter_turns={"transforms": replace(_DEFAULT, quarter_turns=0.5)},
+            flips={"transforms": replace(_DEFAULT, flips=0.5)},
+        ),
+        METHODS["stc3d-paper"],
+        *_variants(
+            "stc3d-paper",
+            tau_0_05={"temperature": 0.05},
+            tau_0_2={"temperature": 0.2},
+            pred_as_printed={"pred_form": "paper"},
+            bins={"bins": (2, 2, 2)},
+            bottleneck={"descriptor_stages": "bottleneck"},
+            finer_regions={"region_scale": 1.0},
+        ),
+    ],
     # STC3D Table 7; the trainer crops at random.
     "cropping": [
         METHODS["stc3d-paper"],
