@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nnssl_stc3d.evaluation.training_log import Curves
 
 SCRATCH, PRETRAINED = "#8a8f98", "#1769aa"
+_PICTURES_IN_A_ROW = 8
 LABEL_COLOURS = (
     "#e6550d",
     "#31a354",
@@ -168,7 +169,9 @@ def _read(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
 
 
 def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -> bytes:
-    """One row per test case: the image, the truth and predictions, in the axial slice with most labelled voxels.
+    """Each test case: the image, the truth and predictions, in the axial slice with most labelled voxels.
+
+    A case takes one row, of more than six models several.
 
     Args:
         cases: test cases, with predictions of the same models.
@@ -177,7 +180,12 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
     """
     width = 2.7
     titles = ("image", "truth", *(cases[0].predictions if cases else ()))
-    figure, axes = new_figure(len(titles) * width, width * 0.92 * len(cases) + 0.5, len(cases), len(titles))
+    lines = -(-len(titles) // _PICTURES_IN_A_ROW)
+    columns, rows = -(-len(titles) // lines), lines * len(cases)
+    figure, grid = new_figure(columns * width, width * 0.92 * rows + 0.5, rows, columns)
+    for axis in grid.flat:
+        axis.axis("off")
+    axes = grid.reshape(len(cases), lines * columns)
     # Of other values, such as those of ignored voxels, nothing is drawn.
     known = list(labels.values())
     highest = max(known, default=1)
@@ -188,7 +196,7 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
         truth = maps[0]
         index = int(np.isin(truth, known).sum(axis=(1, 2)).argmax())
         low, high = (-160.0, 240.0) if is_ct else np.percentile(image, (1, 99))
-        for axis, title, label in zip(row, titles, (None, *maps), strict=True):
+        for axis, title, label in zip(row, titles, (None, *maps)):
             axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             if label is not None:
                 shown = np.ma.masked_where(~np.isin(label[index], known), label[index])
@@ -202,7 +210,6 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
                     aspect=spacing[1] / spacing[2],
                 )
             axis.set_title(title if axis is not row[0] else f"{case.name}, slice {index}", fontsize=9)
-            axis.axis("off")
     patches = [Patch(color=colours(value - 1), label=name.replace("_", " ")) for name, value in labels.items()]
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(6, max(1, len(patches))), fontsize=8, frameon=False

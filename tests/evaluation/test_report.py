@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from nnssl_stc3d.evaluation.report import (
     verdict,
     write_report,
 )
-from nnssl_stc3d.evaluation.report_figures import Overlay
+from nnssl_stc3d.evaluation.report_figures import Overlay, overlays
 
 NAN = float("nan")
 SCRATCH = {"a": {"liver": 0.8, "spleen": 0.2}, "b": {"liver": 0.6, "spleen": NAN}}
@@ -145,3 +147,16 @@ def test_summaries_of_nnunet_are_read(tmp_path):
         read_dice(file, {"3": "kidney"})
     with pytest.raises(ValueError, match="nothing.json"):
         read_dice(tmp_path / "nothing.json", {"1": "liver"})
+
+
+def test_many_models_are_drawn_in_several_rows(tmp_path):
+    (case,) = make_comparison(tmp_path).overlay_cases
+    widths, heights = [], []
+    for models in (6, 15):
+        predictions = {f"model {i}": case.predictions["pretrained"] for i in range(models)}
+        png = overlays([replace(case, predictions=predictions)] * 2, {"liver": 1, "spleen": 2}, is_ct=False)
+        width, height = struct.unpack(">II", png[16:24])
+        widths.append(width)
+        heights.append(height)
+    assert widths[1] < widths[0], "17 pictures as three rows of six, 8 as one"
+    assert heights[1] > 2.5 * heights[0]

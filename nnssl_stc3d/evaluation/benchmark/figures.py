@@ -24,21 +24,24 @@ def label_curves(rows: Sequence[Row], score: str) -> bytes:
     """Score against labelled cases, a panel for each way of finetuning, with intervals and a mark for each seed."""
     schedules, labels = sorted({r.schedule for r in rows}), sorted({r.labels for r in rows})
     methods = list(dict.fromkeys(row.method for row in rows))
-    figure, axes = new_figure(1.5 + 4.8 * len(schedules), 4.2, 1, len(schedules))
+    figure, axes = new_figure(3 + 4.8 * len(schedules), max(4.2, 0.6 + 0.22 * len(methods)), 1, len(schedules))
     for axis, schedule in zip(axes.flat, schedules, strict=True):
         for index, method in enumerate(methods):
             mine = [row for row in rows if (row.schedule, row.method) == (schedule, method)]
             colour = _colour(method, methods)
             # Side by side, so that intervals do not cover each other.
             x = np.array([labels.index(row.labels) for row in mine]) + 0.3 * ((index + 0.5) / len(methods) - 0.5)
-            axis.plot(x, [row.mean for row in mine], color=colour, marker="o", markersize=4, label=method)
+            # Colours repeat after ten methods.
+            mark = "os^Dv"[index // 10 % 5]
+            axis.plot(x, [row.mean for row in mine], color=colour, marker=mark, markersize=4, label=method)
             for position, row in zip(x, mine, strict=True):
                 if row.interval:
                     axis.vlines(position, *row.interval, color=colour, linewidth=1)
                 axis.plot([position] * len(row.per_seed), row.per_seed, "_", color=colour, alpha=0.6)
         tidy(axis, f"{schedule} finetuning", "labelled cases", f"{score} (%)")
         axis.set_xticks(range(len(labels)), [str(n) for n in labels])
-        axis.legend(fontsize=8)
+    # Beside the axes, where it covers no point.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     return to_png(figure)
 
 
