@@ -15,13 +15,15 @@ from pathlib import Path
 
 from nnssl_stc3d.evaluation.benchmark.figures import difference_bars
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected, t_interval
-from nnssl_stc3d.evaluation.benchmark.tables import signed
+from nnssl_stc3d.evaluation.benchmark.tables import cells
 
 
-def read(file: Path) -> list[Result]:
-    """Dice of the runs, each as one case."""
+def read(file: Path, score: str) -> list[Result]:
+    """A score of the runs, each as one case."""
     with open(file, encoding="utf-8", newline="") as opened:
-        lines = [line for line in csv.DictReader(opened) if line["score"] == "Dice"]
+        lines = [line for line in csv.DictReader(opened) if line["score"] == score]
+    if not lines:
+        raise SystemExit(f"{file} has no runs with the score {score}")
     names = [name for name in lines[0] if name not in ("score", "method", "finetuning", "labels", "seed", "mean")]
     return [
         Result(r["method"], r["finetuning"], int(r["labels"]), int(r["seed"]), {"all": {n: float(r[n]) for n in names}})
@@ -29,41 +31,29 @@ def read(file: Path) -> list[Result]:
     ]
 
 
-def table(rows: list[Row]) -> str:
-    """One line for each number of labels and method."""
-    reference = rows[0].reference
+def table(rows: list[Row], score: str) -> str:
+    """One line for each number of labels, way of finetuning and method."""
     names = list(rows[0].structures)
-    head = [
-        "Labels",
-        "Method",
-        "Seeds",
-        "Dice",
-        "95 % over seeds",
-        *names,
-        f"Against {reference}",
-        "95 % over seeds",
-        "p",
-    ]
+    head = ["Labels", "Finetuning", "Method", "Seeds", score, "95 % over seeds", *names]
+    head += [f"Against {rows[0].reference}", "95 % over seeds", "p"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         mean = t_interval(row.per_seed)
-        line = [str(row.labels), row.method, str(len(row.seeds)), f"{row.mean:.1f}"]
+        line = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}"]
         line += [f"{mean[0]:.1f} to {mean[1]:.1f}" if mean else "-", *(f"{row.structures[n]:.1f}" for n in names)]
-        span = row.difference_interval
-        line += ["" if row.difference is None else signed(row.difference)]
-        line += [f"{signed(span[0])} to {signed(span[1])}" if span else ""]
-        line += ["" if row.p_adjusted is None else f"{row.p_adjusted:.3f}"]
+        line += cells(row)[-3:]
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def runs_table(rows: list[Row]) -> str:
-    """Every run: a line for each number of labels and method, a column for each seed."""
+    """Every run: a line for each number of labels, way of finetuning and method, a column for each seed."""
     seeds = sorted({seed for row in rows for seed in row.seeds})
-    lines = [["Labels", "Method", *(f"seed {seed}" for seed in seeds)], ["---"] * (2 + len(seeds))]
+    lines = [["Labels", "Finetuning", "Method", *(f"seed {seed}" for seed in seeds)], ["---"] * (3 + len(seeds))]
     for row in rows:
         values = dict(zip(row.seeds, row.per_seed, strict=True))
-        lines.append([str(row.labels), row.method, *(f"{values[s]:.1f}" if s in values else "" for s in seeds)])
+        shown = [f"{values[s]:.1f}" if s in values else "" for s in seeds]
+        lines.append([str(row.labels), row.schedule, row.method, *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -72,12 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--reference", default="scratch")
+    parser.add_argument("--score", default="Dice", help="such as 'NSD 1 mm' (default: %(default)s)")
     parser.add_argument("--figure", type=Path, help="PNG of the differences")
     args = parser.parse_args()
-    rows = corrected(compare(read(args.file), args.reference))
-    print(table(rows), runs_table(rows), sep="\n\n")
+    rows = corrected(compare(read(args.file, args.score), args.reference))
+    print(table(rows, args.score), runs_table(rows), sep="\n\n")
     if args.figure:
-        args.figure.write_bytes(difference_bars(rows, "Dice"))
+        args.figure.write_bytes(difference_bars(rows, args.score))
 
 
 if __name__ == "__main__":
