@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nnssl_stc3d.evaluation.benchmark.figures import difference_bars
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected, t_interval
-from nnssl_stc3d.evaluation.benchmark.tables import cells
+from nnssl_stc3d.evaluation.benchmark.tables import difference_cells
 
 
 def read(file: Path, score: str) -> list[Result]:
@@ -41,7 +41,7 @@ def table(rows: list[Row], score: str) -> str:
         mean = t_interval(row.per_seed)
         line = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}"]
         line += [f"{mean[0]:.1f} to {mean[1]:.1f}" if mean else "-", *(f"{row.structures[n]:.1f}" for n in names)]
-        line += cells(row)[-3:]
+        line += difference_cells(row)
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -196,7 +196,7 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
         truth = maps[0]
         index = int(np.isin(truth, known).sum(axis=(1, 2)).argmax())
         low, high = (-160.0, 240.0) if is_ct else np.percentile(image, (1, 99))
-        for axis, title, label in zip(row, titles, (None, *maps)):
+        for axis, (title, label) in zip(row, zip(titles, (None, *maps), strict=True)):
             axis.imshow(image[index], cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[2])
             if label is not None:
                 shown = np.ma.masked_where(~np.isin(label[index], known), label[index])

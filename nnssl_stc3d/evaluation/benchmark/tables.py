@@ -22,10 +22,15 @@ def header(rows: Sequence[Row], score: str) -> list[str]:
 def cells(row: Row) -> list[str]:
     """A row of the table under :func:`header`; the reference has no difference."""
     start = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}", _span(row.interval)]
+    return start + difference_cells(row)
+
+
+def difference_cells(row: Row) -> list[str]:
+    """Difference to the reference, its interval and p; empty for the reference itself."""
     if row.difference is None:
-        return start + [""] * (len(HEAD) - len(start))
+        return [""] * 3
     p = "-" if row.p_adjusted is None else "<0.001" if row.p_adjusted < 0.001 else f"{row.p_adjusted:.3f}"
-    return [*start, signed(row.difference), _span(row.difference_interval, signed), p]
+    return [signed(row.difference), _span(row.difference_interval, signed), p]
 
 
 def signed(value: float) -> str:
