@@ -123,7 +123,7 @@ def read_raw_dataset(folder: Path) -> RawDataset:
                     f"{folder / name} is missing. Expected the training images in imagesTr and their labels in "
                     f"labelsTr."
                 )
-    cases = _list_cases(folder, description)
+    cases = list_cases(folder, description)
     _check_files(cases, len(description["channel_names"]), folder, description["file_ending"])
     dataset = RawDataset(folder, description, cases)
     image, _ = dataset.reader().read_images([str(i) for i in cases[0].images])
@@ -134,8 +134,16 @@ def read_raw_dataset(folder: Path) -> RawDataset:
     return dataset
 
 
-def _list_cases(folder: Path, description: dict[str, Any]) -> tuple[RawCase, ...]:
-    """Finds the files of all cases as nnU-Net does, sorted by name."""
+def list_cases(folder: Path, description: dict[str, Any]) -> tuple[RawCase, ...]:
+    """Finds the files of all training cases as nnU-Net does.
+
+    Args:
+        folder: DatasetXXX_Name.
+        description: content of its dataset.json; files that lie elsewhere are listed there under "dataset".
+
+    Returns:
+        The cases, sorted by name. Whether their files exist is not checked.
+    """
     if "dataset" in description:
         # The look-up writes absolute paths into the description that it is given.
         found = get_filenames_of_train_images_and_targets(str(folder), deepcopy(description))

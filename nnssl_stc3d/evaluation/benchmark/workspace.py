@@ -19,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, parse_schedule
 from nnssl_stc3d.files import written_whole
+from nnssl_stc3d.prepare.user_dataset import list_cases
 
 TRAINERS_FILE = "benchmark_trainers.py"
 # Pretrainings log their monitors as often as this, finetunings validate as often.
@@ -130,15 +131,21 @@ class Workspace:
             self._link_preprocessed(pretraining, pretraining.cases())
         if target.raw is None:
             raise ValueError(f"the raw data of {target.name} are needed to predict its test cases")
-        ending = json.loads((target.raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        description = json.loads((target.raw / "dataset.json").read_text(encoding="utf-8"))
+        ending, expected = description["file_ending"], len(description["channel_names"])
+        raw = {case.name: case for case in list_cases(target.raw, description)}
         for kind, names in (("test", split.test), ("validation", split.validation)):
             images, labels = self.cases(kind)
             for name in names:
-                channels = sorted((target.raw / "imagesTr").glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))
-                if not channels:
-                    raise ValueError(f"expected images {name}_0000{ending} in {target.raw / 'imagesTr'}, found none")
-                _link(channels, images)
-                _link([target.raw / "labelsTr" / f"{name}{ending}"], labels)
+                found = raw[name].images if name in raw else ()
+                if len(found) != expected:
+                    raise ValueError(
+                        f"expected {expected} images of {name}, such as imagesTr/{name}_0000{ending}, in {target.raw}, "
+                        f"found {len(found)}. Its raw data are needed to predict it."
+                    )
+                for channel, file in enumerate(found):
+                    _link_as(images / f"{name}_{channel:04d}{ending}", file)
+                _link_as(labels / f"{name}{ending}", raw[name].label)
 
     def _fix_data(self, target: Dataset, pretraining: Dataset, device: str) -> None:
         """Runs are told apart by method, length, labels and seed, so that everything else has to stay as it was."""
@@ -304,11 +311,16 @@ def _link(files: Iterable[Path], folder: Path) -> None:
     """Links files into a folder; links that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        if not file.exists():
-            raise ValueError(f"expected the file {file}, which does not exist. Preprocess the dataset again.")
-        link = folder / file.name
-        if not link.is_symlink() and not link.exists():
-            link.symlink_to(file.resolve())
+        _link_as(folder / file.name, file)
+
+
+def _link_as(link: Path, file: Path) -> None:
+    """Links a file; a link that is there stays."""
+    if not file.exists():
+        raise ValueError(f"expected the file {file}, which does not exist. Preprocess the dataset again.")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink() and not link.exists():
+        link.symlink_to(file.resolve())
 
 
 def write_whole(file: Path, text: str) -> None:

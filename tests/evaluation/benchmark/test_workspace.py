@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,8 @@ def make_dataset(root, name, cases):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     for place in (raw, folder):
-        (place / "dataset.json").write_text(json.dumps({"labels": {"background": 0}, "file_ending": ".nii.gz"}))
+        description = {"channel_names": {"0": "T2", "1": "T1"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+        (place / "dataset.json").write_text(json.dumps(description))
     (folder / "splits_final.json").write_text("[]")
     return Dataset(raw, folder, plans, "3d_fullres")
 
@@ -60,6 +62,29 @@ def test_test_cases_are_linked_for_prediction_only(dataset, split, tmp_path):
     assert len(list(images.iterdir())) == 4 and all(f.is_symlink() for f in images.iterdir())
     assert workspace.ending(dataset) == ".nii.gz"
     workspace.link_datasets(dataset, split, "cpu")
+
+
+def test_files_that_the_description_lists_are_linked_under_nnunets_names(dataset, split, tmp_path):
+    raw, scans = dataset.raw, tmp_path / "scans"
+    file, listed = raw / "dataset.json", {}
+    for name in CASES:
+        (scans / name).mkdir(parents=True)
+        for modality in ("t1", "t2"):
+            (scans / name / f"{modality}.nii.gz").write_text(f"{name} {modality}")
+        listed[name] = {
+            "images": [f"../../scans/{name}/{modality}.nii.gz" for modality in ("t2", "t1")],
+            "label": f"labelsTr/{name}.nii.gz",
+        }
+    shutil.rmtree(raw / "imagesTr")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dataset": listed}))
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cpu")
+    images, labels = workspace.cases("test")
+    for name in split.test:
+        assert (images / f"{name}_0000.nii.gz").read_text() == f"{name} t2"
+        assert (images / f"{name}_0001.nii.gz").read_text() == f"{name} t1"
+        assert (labels / f"{name}.nii.gz").resolve() == raw / "labelsTr" / f"{name}.nii.gz"
+    assert len(list(images.iterdir())) == 2 * len(split.test)
 
 
 def test_every_case_of_another_pretraining_dataset_is_linked(dataset, split, tmp_path):
@@ -103,10 +128,10 @@ def test_a_folder_keeps_its_data(dataset, split, tmp_path):
 
 
 def test_files_that_are_missing(dataset, split, tmp_path):
-    for image in (dataset.raw / "imagesTr").glob(f"{split.test[0]}_*"):
-        image.unlink()
-    with pytest.raises(ValueError, match=f"expected images {split.test[0]}_0000.nii.gz in .*imagesTr, found none"):
-        Workspace(tmp_path / "b").link_datasets(dataset, split, "cpu")
+    for number, left in ((0, 1), (1, 0)):
+        (dataset.raw / "imagesTr" / f"{split.test[0]}_{number:04d}.nii.gz").unlink()
+        with pytest.raises(ValueError, match=f"expected 2 images of {split.test[0]}, such as .*, found {left}"):
+            Workspace(tmp_path / "b").link_datasets(dataset, split, "cpu")
     for file in dataset.data.iterdir():
         file.unlink()
     with pytest.raises(ValueError, match="Run nnUNetv2_preprocess -d 4 -plans_name nnUNetPlans -c 3d_fullres"):
