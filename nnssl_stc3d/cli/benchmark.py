@@ -83,6 +83,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
         "--split-seed", type=int, default=0, metavar="N", help="another draw of these cases (default: 0)"
     )
     parser.add_argument(
+        "--split", type=Path, metavar="CSV",
+        help="table of the cases: with the columns case and patient all cases of a patient are for the same purpose, "
+        "with case and split (train, val, test) the split is yours; cases that it does not name are left out",
+    )  # fmt: skip
+    parser.add_argument(
         "--cases", choices=["test", "validation"], help="what is predicted (default: test, validation for --ablation)"
     )
     parser.add_argument(
@@ -150,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
             test_cases=args.test_cases,
             validation_cases=args.validation_cases,
             split_seed=args.split_seed,
+            split=args.split,
             cases=args.cases,
             robustness=tuple(p for p in args.robustness.split(",") if p),
             tolerance=args.nsd_tolerance,

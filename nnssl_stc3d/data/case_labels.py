@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl_stc3d.data.case_table import SPLITS, keep_patients_apart, read_case_table, read_splits
+
 LABELS_FILE = "classification.csv"
 """Name of the table in a dataset's folder in nnUNet_preprocessed."""
-SPLITS = ("train", "val", "test")
 N_FOLDS = 5
 
-_COLUMNS = (
-    "a CSV file with the columns case (as in imagesTr, without channel and ending) and label, and if you like patient, "
-    "and fold (0, 1, ..: where the case is validated) or split (train, val, test)"
+_EXPECTED = (
+    "the labels, a CSV file with the columns case (as in imagesTr, without channel and ending) and label, and if you "
+    "like patient, and fold (0, 1, ..: where the case is validated) or split (train, val, test)"
 )
 
 
@@ -28,7 +28,7 @@ class CaseLabels:
         labels: index of the class of each case.
         patients: patient of each case; empty if the table does not say.
         folds: fold in which each case is validated; empty if the table does not say.
-        splits: one of :data:`SPLITS` for each case; empty if the table does not say.
+        splits: "train", "val" or "test" for each case; empty if the table does not say.
     """
 
     classes: tuple[str, ...]
@@ -54,38 +54,9 @@ def read_case_labels(file: Path, known: Collection[str], min_classes: int = 2) -
     Raises:
         ValueError: for anything that is missing, unknown, given twice or contradictory.
     """
-    if not file.is_file():
-        raise ValueError(f"Expected the labels in {file}, {_COLUMNS}. There is no such file; write it.")
-    with open(file, encoding="utf-8-sig", newline="") as opened:
-        header = opened.readline()
-        opened.seek(0)
-        reader = csv.DictReader(opened, delimiter=";" if ";" in header and "," not in header else ",")
-        names = [str(name).strip().lower() for name in reader.fieldnames or []]
-        reader.fieldnames = names
-        numbers, rows = [], []
-        for row in reader:
-            numbers.append(reader.line_num)
-            rows.append({k: (v or "").strip() for k, v in row.items() if isinstance(k, str)})
-    if not {"case", "label"} <= set(names):
-        raise ValueError(f"Expected {_COLUMNS}; {file} has the columns {', '.join(names) or '(none)'}.")
+    names, rows = read_case_table(file, known, ("case", "label"), ("patient", "fold", "split"), _EXPECTED)
     if {"fold", "split"} <= set(names):
         raise ValueError(f"{file} has a column fold and a column split. Keep one of them.")
-    required = [name for name in ("case", "label", "patient", "fold", "split") if name in names]
-    for number, row in zip(numbers, rows):
-        if empty := [name for name in required if not row[name]]:
-            raise ValueError(f"{file}, line {number}: {' and '.join(empty)} is empty. Fill it in or remove the line.")
-    cases = [row["case"] for row in rows]
-    if twice := [case for case, count in Counter(cases).items() if count > 1]:
-        lines = [str(number) for number, case in zip(numbers, cases) if case == twice[0]]
-        raise ValueError(
-            f"{file} names {len(twice)} cases more than once, such as {twice[0]} in the lines {', '.join(lines)}. Keep "
-            "one line for each case."
-        )
-    if unknown := [case for case in cases if case not in known]:
-        raise ValueError(
-            f"{file} names {len(unknown)} cases that are not in the data, such as {', '.join(unknown[:3])}. The data "
-            f"have {', '.join(sorted(known)[:3]) or 'no cases'}, ... Correct the names or preprocess the cases."
-        )
     classes = _sorted_classes({row["label"] for row in rows})
     if len(classes) < min_classes:
         raise ValueError(
@@ -96,7 +67,7 @@ def read_case_labels(file: Path, known: Collection[str], min_classes: int = 2) -
         {row["case"]: classes.index(row["label"]) for row in rows},
         {row["case"]: row["patient"] for row in rows} if "patient" in names else {},
         {row["case"]: _fold(row["fold"], file) for row in rows} if "fold" in names else {},
-        {row["case"]: _split(row["split"], file) for row in rows} if "split" in names else {},
+        read_splits(rows, file) if "split" in names else {},
     )
 
 
@@ -134,19 +105,10 @@ def cases_of_fold(
             "Label more cases or give folds in the column fold."
         )
     tested = [case for case, split in labels.splits.items() if split == "test"]
-    _keep_patients_apart(labels, [*training, *validation], tested, "training or validation and test")
+    keep_patients_apart(labels.patients, [*training, *validation], tested, "training or validation and test")
     if fold != "all":
-        _keep_patients_apart(labels, training, validation, f"training and validation of fold {fold}")
+        keep_patients_apart(labels.patients, training, validation, f"training and validation of fold {fold}")
     return training, validation
-
-
-def _keep_patients_apart(labels: CaseLabels, some: Sequence[str], others: Sequence[str], where: str) -> None:
-    both = {labels.patients.get(case) for case in some} & {labels.patients.get(case) for case in others} - {None}
-    if both:
-        raise ValueError(
-            f"{len(both)} patients have cases in both {where}, such as {min(map(str, both))}. Put all cases of a "
-            "patient into one fold or split."
-        )
 
 
 def _sides(
@@ -184,9 +146,3 @@ def _fold(text: str, file: Path) -> int:
     if not text.isdecimal():
         raise ValueError(f"Expected numbers 0, 1, .. in the column fold of {file}, got {text!r}.")
     return int(text)
-
-
-def _split(text: str, file: Path) -> str:
-    if text.lower() not in SPLITS:
-        raise ValueError(f"Expected {', '.join(SPLITS)} in the column split of {file}, got {text!r}.")
-    return text.lower()

@@ -64,9 +64,20 @@ def test_the_plan_of_a_benchmark(benchmark, tmp_path, capsys):
     assert not (tmp_path / "benchmark").exists()
 
 
+def test_a_split_of_ones_own(benchmark, tmp_path, capsys):
+    table, parts = tmp_path / "parts.csv", ("test", "val", "train", "train")
+    table.write_text("\n".join(["case,split", *(f"case_{i},{parts[i % 4]}" for i in range(12))]), encoding="utf-8")
+    assert benchmark("--split", table, "--labels", "100%", "--dry-run") == 0
+    assert "3 test cases, 3 validation cases, 6 to label" in capsys.readouterr().out
+    assert benchmark("--split", table, "--test-cases", "2") == 1
+    assert "leave --test-cases and --validation-cases out" in capsys.readouterr().err
+    assert not (tmp_path / "benchmark").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--split", "no.csv"], "a CSV file with the columns case .* in no.csv. There is no such file"),
         (["--pretrain-dataset", "4"], "leave --pretrain-dataset out"),
         (["--labels", "8"], "expected 1 to 7 labelled cases"),
         (["--finetuning-steps", "25"], "must be a multiple of 10"),

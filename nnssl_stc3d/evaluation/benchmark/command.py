@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import surface_dice
-from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts, part_sizes, read_split
 from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
 from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 from nnssl_stc3d.evaluation.benchmark.methods import (
@@ -66,6 +66,7 @@ class Options:
     test_cases: int | None
     validation_cases: int | None
     split_seed: int
+    split: Path | None
     cases: str | None
     robustness: tuple[str, ...]
     tolerance: float
@@ -93,9 +94,12 @@ def benchmark(options: Options) -> int:
     target = _dataset(options.target, options.target_raw, options.plans, options.configuration)
     pretraining = _pretraining(options.pretraining, options, target) if options.pretraining else None
     names = target.cases()
-    test = max(1, round(len(names) / 4)) if options.test_cases is None else options.test_cases
-    validation = max(1, round(len(names) / 6)) if options.validation_cases is None else options.validation_cases
-    drawn = draw_split(names, test, validation, options.split_seed)
+    wanted = (options.test_cases, options.validation_cases)
+    drawn = (
+        read_split(options.split, names, *wanted, options.split_seed)
+        if options.split
+        else draw_split(names, *part_sizes(len(names), *wanted), options.split_seed)
+    )
     labels = label_counts(options.labels, len(drawn.pool))
     plan = partial(
         plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
@@ -260,7 +264,8 @@ def _facts(options: Options, settings: Settings, steps: dict[Method, int], budge
     )
     lengths = "; ".join(f"{method.described()} {count}" for method, count in steps.items()) or "none"
     return {
-        "cases": f"{len(split.test)} test, {len(split.validation)} validation, {len(split.pool)} to label",
+        "cases": f"{len(split.test)} test, {len(split.validation)} validation, {len(split.pool)} to label"
+        + (f", by {options.split.name}" if options.split else ""),
         "shown here": f"{settings.cases} cases, predicted {'with' if options.mirroring else 'without'} mirroring",
         "pretrained on": pretrained_on,
         "budget of a pretraining": f"{budget}; steps: {lengths}",

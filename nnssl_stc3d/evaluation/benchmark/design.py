@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+
+from nnssl_stc3d.data.case_table import SPLITS, keep_patients_apart, read_case_table, read_splits
 
 # nnU-Net validates every validation case of a fold after training; a few keep that cheap.
 CASES_VALIDATED_IN_TRAINING = 4
@@ -50,14 +52,17 @@ class Split:
         return {"train": self.labelled(count, seed), "val": self.validation[:CASES_VALIDATED_IN_TRAINING]}
 
 
-def draw_split(cases: Sequence[str], test: int, validation: int, seed: int) -> Split:
+def draw_split(
+    cases: Sequence[str], test: int, validation: int, seed: int, patients: Mapping[str, str] | None = None
+) -> Split:
     """Draws test and validation cases.
 
     Args:
         cases: identifiers of all labelled cases.
-        test: number of test cases.
-        validation: number of validation cases.
+        test: number of test cases; more where the last patient drawn has several.
+        validation: number of validation cases, likewise.
         seed: fixes everything.
+        patients: patient of each case, whose cases stay together; every case is a patient of its own by default.
 
     Raises:
         ValueError: too few cases.
@@ -67,12 +72,64 @@ def draw_split(cases: Sequence[str], test: int, validation: int, seed: int) -> S
             f"expected at least {test + validation + 1} labelled cases for {test} test and {validation} validation "
             f"cases and one to learn from, got {len(cases)}; lower --test-cases or --validation-cases"
         )
-    order = [sorted(cases)[i] for i in np.random.default_rng(seed).permutation(len(cases))]
-    return Split(
-        seed,
-        sorted(order[:test]),
-        sorted(order[test : test + validation]),
-        sorted(order[test + validation :]),
+    groups: dict[str, list[str]] = {}
+    for case in sorted(cases):
+        groups.setdefault((patients or {}).get(case, case), []).append(case)
+    members = list(groups.values())
+    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    for index in np.random.default_rng(seed).permutation(len(members)):
+        part = 0 if len(parts[0]) < test else 1 if len(parts[1]) < validation else 2
+        parts[part].extend(members[index])
+    if not all(parts):
+        raise ValueError(
+            f"the cases of {len(members)} patients are too few for {test} test and {validation} validation cases and "
+            "others to learn from; lower --test-cases or --validation-cases"
+        )
+    return Split(seed, *map(sorted, parts))
+
+
+def read_split(file: Path, cases: Sequence[str], test: int | None, validation: int | None, seed: int) -> Split:
+    """The split that a user's table asks for; cases that it does not name are left out of everything.
+
+    Args:
+        file: CSV with the columns case and split, or case and patient, or all three.
+        cases: identifiers of all labelled cases.
+        test: number of test cases that patients are drawn for, None for a quarter.
+        validation: number of validation cases, None for a sixth.
+        seed: of all draws.
+
+    Raises:
+        ValueError: the table cannot be read, has none of the columns, or a patient is on two sides of its split.
+    """
+    expected = (
+        "a CSV file with the columns case (as in imagesTr, without channel and ending) and split (train, val, test), "
+        "or case and patient, or all three"
+    )
+    names, rows = read_case_table(file, cases, ["case"], ["patient", "split"], expected)
+    if not {"patient", "split"} & set(names):
+        raise ValueError(f"Expected {expected}; {file} has the columns {', '.join(names)}.")
+    patients = {row["case"]: row["patient"] for row in rows} if "patient" in names else {}
+    if "split" not in names:
+        return draw_split(list(patients), *part_sizes(len(patients), test, validation), seed, patients)
+    if test is not None or validation is not None:
+        raise ValueError(f"{file} says which cases are for testing: leave --test-cases and --validation-cases out")
+    splits = read_splits(rows, file)
+    pool, chosen, tested = (sorted(case for case, split in splits.items() if split == name) for name in SPLITS)
+    if not (pool and chosen and tested):
+        raise ValueError(
+            f"Expected cases of train, val and test in the column split of {file}, got {len(pool)}, {len(chosen)} and "
+            f"{len(tested)}. Choices are made on those of val."
+        )
+    keep_patients_apart(patients, [*pool, *chosen], tested, "train or val and test")
+    keep_patients_apart(patients, pool, chosen, "train and val")
+    return Split(seed, tested, chosen, pool)
+
+
+def part_sizes(cases: int, test: int | None, validation: int | None) -> tuple[int, int]:
+    """Numbers of test and of validation cases: a quarter and a sixth where they are not given."""
+    return (
+        max(1, round(cases / 4)) if test is None else test,
+        max(1, round(cases / 6)) if validation is None else validation,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts
+from nnssl_stc3d.evaluation.benchmark.design import Budget, draw_split, fix_split, label_counts, read_split
 
 CASES = [f"case_{i:02d}" for i in range(30)]
 
@@ -49,6 +49,79 @@ def test_too_few_cases():
         draw_split(CASES[:10], 6, 4, 0)
     with pytest.raises(ValueError, match="1 to 20 labelled cases, got 21"):
         draw_split(CASES, 6, 4, 0).labelled(21, 0)
+
+
+def test_patients_are_in_one_part_only():
+    patients = {case: f"p{i // 3}" for i, case in enumerate(CASES)}
+    drawn = [draw_split(CASES, 6, 4, seed, patients) for seed in range(5)]
+    for split in drawn:
+        of = [{patients[case] for case in part} for part in (split.test, split.validation, split.pool)]
+        assert [len(part) for part in of] == [2, 2, 6] and len(set.union(*of)) == 10
+        assert sorted(split.test + split.validation + split.pool) == CASES
+    assert len({tuple(split.test) for split in drawn}) > 1
+    # A patient with one case each is what happens without patients.
+    assert draw_split(CASES, 6, 4, 1, {case: case[::-1] for case in CASES}) == draw_split(CASES, 6, 4, 1)
+    with pytest.raises(ValueError, match="cases of 2 patients are too few for 6 test and 4 validation"):
+        draw_split(CASES, 6, 4, 0, {case: "ab"[i % 2] for i, case in enumerate(CASES)})
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Function ``(header, line of a case's number, ...) -> split``."""
+
+    def read(header, line, cases=CASES, test=None, validation=None):
+        file = tmp_path / "split.csv"
+        file.write_text("\n".join([header, *(line(i).format(case) for i, case in enumerate(cases))]), encoding="utf-8")
+        return read_split(file, CASES, test, validation, 0)
+
+    return read
+
+
+def test_a_table_of_patients(table):
+    patients = {case: f"p{i // 3}" for i, case in enumerate(CASES)}
+    split = table("case,patient", lambda i: f"{{}},p{i // 3}")
+    assert split == draw_split(CASES, 8, 5, 0, patients)
+    assert table("case,patient", lambda i: f"{{}},p{i // 3}", test=3, validation=3) == draw_split(
+        CASES, 3, 3, 0, patients
+    )
+    few = table("case,patient", lambda i: f"{{}},p{i}", cases=CASES[:12])
+    assert sorted(few.test + few.development) == CASES[:12] and (len(few.test), len(few.validation)) == (3, 2)
+
+
+def test_a_table_with_a_split(table):
+    split = table("case;split", lambda i: f"{{}};{('TEST', 'val', 'train')[i % 3]}", cases=CASES[:27])
+    assert (split.test, split.validation, split.pool) == (CASES[0:27:3], CASES[1:27:3], CASES[2:27:3])
+    both = table("case,patient,split", lambda i: f"{{}},p{i // 10},{('test', 'val', 'train')[i // 10]}")
+    assert (both.test, both.validation, both.pool) == (CASES[:10], CASES[10:20], CASES[20:])
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "message"),
+    [
+        ("case", lambda i: "{}", "and split .*, or case and patient, .* has the columns case"),
+        ("case,split", lambda i: f"{{}},{'test' if i else 'dev'}", "train, val, test in the column split .*'dev'"),
+        ("case,split", lambda i: f"{{}},{'test' if i else 'train'}", "cases of train, val and test .*got 1, 0 and 29"),
+        (
+            "case,patient,split",
+            lambda i: f"{{}},p{i // 9},{('test', 'val', 'train')[i // 10]}",
+            "1 patients have cases in both train or val and test, such as p1",
+        ),
+        (
+            "case,patient,split",
+            lambda i: f"{{}},{i if i < 10 else 'p'},{('test', 'val', 'train')[i // 10]}",
+            "both train and val, such as p",
+        ),
+        ("case,patient", lambda i: f"{{}},{i or ''}", "line 2: patient is empty"),
+    ],
+)
+def test_tables_that_cannot_be(table, header, line, message):
+    with pytest.raises(ValueError, match=message):
+        table(header, line)
+
+
+def test_a_split_of_the_table_leaves_nothing_to_draw(table):
+    with pytest.raises(ValueError, match="leave --test-cases and --validation-cases out"):
+        table("case,split", lambda i: f"{{}},{('test', 'val', 'train')[i % 3]}", test=3)
 
 
 def test_a_written_split_stays(tmp_path, split):
