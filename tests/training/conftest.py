@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from nnssl_stc3d.methods.alice import Alice, AliceConfig
+from nnssl_stc3d.methods.pimpic import PiMPiC, PiMPiCConfig
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
+from nnssl_stc3d.methods.voco import VoCo, VoCoConfig
+from nnssl_stc3d.methods.vox2vec import Vox2Vec, Vox2VecConfig
 from nnssl_stc3d.training.pretrain_trainer import PretrainTrainer
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
@@ -22,6 +26,15 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)
 CONFIG = replace(
     STC3DConfig(), batch_size=2, grid=(1, 2, 2), projector_hidden=8, projector_dim=4, dense_dim=4, dense_points=8
 )
+
+METHODS = {
+    "stc3d": (STC3D, STC3DConfig()),
+    "stc3d paper": (STC3D, STC3DConfig.paper()),
+    "voco": (VoCo, VoCoConfig()),
+    "pimpic": (PiMPiC, PiMPiCConfig()),
+    "vox2vec": (Vox2Vec, Vox2VecConfig(points=64)),
+    "alice": (Alice, AliceConfig()),
+}
 
 
 class TinyTrainer(PretrainTrainer):
@@ -83,3 +96,15 @@ def make_trainer(nnunet, tiny_plans, tiny_dataset_json) -> Callable[..., Any]:
 def tiny_trainer() -> type[PretrainTrainer]:
     """The trainer class that ``make_trainer`` makes."""
     return TinyTrainer
+
+
+@pytest.fixture(params=list(METHODS))
+def any_method_trainer(request, tiny_trainer) -> type[PretrainTrainer]:
+    """A trainer class of each method, with its own configuration but small batches."""
+    method, settings = METHODS[request.param]
+
+    class Trainer(tiny_trainer):
+        method_class = method
+        config = replace(settings, batch_size=2, warmup_steps=0)
+
+    return Trainer

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from nnssl_stc3d.losses.info_nce import info_nce
-from nnssl_stc3d.methods.alice import Alice, AliceConfig
-from nnssl_stc3d.methods.pimpic import PiMPiC, PiMPiCConfig
-from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
-from nnssl_stc3d.methods.voco import VoCo, VoCoConfig
-from nnssl_stc3d.methods.vox2vec import Vox2Vec, Vox2VecConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 DEVICE = "cuda"
-METHODS = {
-    "stc3d": (STC3D, STC3DConfig()),
-    "stc3d paper": (STC3D, STC3DConfig.paper()),
-    "voco": (VoCo, VoCoConfig()),
-    "pimpic": (PiMPiC, PiMPiCConfig()),
-    "vox2vec": (Vox2Vec, Vox2VecConfig(points=64)),
-    "alice": (Alice, AliceConfig()),
-}
-
-
-@pytest.fixture(params=list(METHODS))
-def trainer_class(request, tiny_trainer):
-    method, settings = METHODS[request.param]
-
-    class Trainer(tiny_trainer):
-        method_class = method
-        config = replace(settings, batch_size=2, warmup_steps=0)
-
-    return Trainer
 
 
 def trained(trainer, steps):
@@ -46,9 +21,9 @@ def trained(trainer, steps):
     return trainer, [trainer.train_step(next(trainer.dataloader_train))["loss"] for _ in range(steps)]
 
 
-def test_every_method_trains_in_half_precision(make_trainer, trainer_class):
-    trainer_class.steps_per_epoch = 8
-    trainer = make_trainer(trainer_class, device=DEVICE)
+def test_every_method_trains_in_half_precision(make_trainer, any_method_trainer):
+    any_method_trainer.steps_per_epoch = 8
+    trainer = make_trainer(any_method_trainer, device=DEVICE)
     trainer.initialize()
     before = {name: value.clone() for name, value in trainer.method.state_dict().items()}
     # The first steps may be left out, until the scale of the gradients suits half precision.
@@ -61,8 +36,8 @@ def test_every_method_trains_in_half_precision(make_trainer, trainer_class):
     assert "network" in moved and len(moved) > 1, "the network and the heads have learnt"
 
 
-def test_half_precision_computes_what_the_cpu_computes(make_trainer, trainer_class):
-    on_cpu, on_gpu = make_trainer(trainer_class), make_trainer(trainer_class, device=DEVICE)
+def test_half_precision_computes_what_the_cpu_computes(make_trainer, any_method_trainer):
+    on_cpu, on_gpu = make_trainer(any_method_trainer), make_trainer(any_method_trainer, device=DEVICE)
     losses = []
     for trainer in (on_cpu, on_gpu):
         trainer.on_train_start()
@@ -73,20 +48,20 @@ def test_half_precision_computes_what_the_cpu_computes(make_trainer, trainer_cla
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_a_checkpoint_of_the_gpu_continues_on_the_cpu(make_trainer, trainer_class):
-    trainer, _ = trained(make_trainer(trainer_class, device=DEVICE), 2)
+def test_a_checkpoint_of_the_gpu_continues_on_the_cpu(make_trainer, any_method_trainer):
+    trainer, _ = trained(make_trainer(any_method_trainer, device=DEVICE), 2)
     trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
-    resumed = make_trainer(trainer_class)
+    resumed = make_trainer(any_method_trainer)
     resumed.load_checkpoint(f"{trainer.output_folder}/checkpoint_latest.pth")
     for name, value in resumed.method.state_dict().items():
         assert value.device.type == "cpu"
         torch.testing.assert_close(value, trainer.method.state_dict()[name].cpu(), rtol=0, atol=0)
 
 
-def test_a_compiled_network_trains_and_keeps_its_names(make_trainer, tiny_trainer, monkeypatch):
-    names = set(trained(make_trainer(tiny_trainer, device=DEVICE), 0)[0].method.state_dict())
+def test_a_compiled_network_trains_and_keeps_its_names(make_trainer, any_method_trainer, monkeypatch):
+    names = set(trained(make_trainer(any_method_trainer, device=DEVICE), 0)[0].method.state_dict())
     monkeypatch.setenv("nnUNet_compile", "1")
-    trainer, losses = trained(make_trainer(tiny_trainer, device=DEVICE), 2)
+    trainer, losses = trained(make_trainer(any_method_trainer, device=DEVICE), 2)
     assert trainer._do_i_compile()
     assert all(math.isfinite(loss) for loss in losses)
     assert set(trainer.method.state_dict()) == names
