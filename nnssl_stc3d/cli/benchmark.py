@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds (default: %(default)s)")
     parser.add_argument(
         "--pretrain-dataset", metavar="DATASET",
-        help="pretrain on this dataset, with the same plans (see align-plans); it must not hold images of test cases",
+        help="pretrain on this dataset, with the same plans (see align-plans); images of test cases in it are left out",
     )  # fmt: skip
     parser.add_argument(
         "--pretrain-plans", metavar="NAME",

@@ -119,6 +119,9 @@ def benchmark(options: Options) -> int:
     with held_alone(options.output):
         fix_split(options.output / "split.json", drawn)
         workspace.link_datasets(target, drawn, options.device, pretraining)
+        if left_out := workspace.left_out():
+            examples = ", ".join(f"{case} ({test})" for case, test in list(left_out.items())[:3])
+            print(f"Not pretrained on: {len(left_out)} cases that show test cases, such as {examples}")
         for perturbation, level in tqdm(perturbed, desc="perturbing cases", disable=not perturbed):
             copies = workspace.cases(f"{cases}-{perturbation}-{level}")
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
@@ -257,8 +260,10 @@ def _seconds_per_step(method: Method, options: Options, settings: Settings) -> f
 def _facts(options: Options, settings: Settings, steps: dict[Method, int], budget: Budget) -> dict[str, str]:
     """What the page says about the benchmark."""
     split = settings.split
+    left_out = len(settings.workspace.left_out())
     pretrained_on = (
-        f"{settings.pretraining.name}, {len(settings.pretraining.cases())} cases"
+        f"{settings.pretraining.name}, {len(settings.pretraining.cases()) - left_out} cases"
+        + (f"; {left_out} that show test cases were left out" if left_out else "")
         if options.pretraining
         else f"images of the {len(split.development)} development cases"
     )

@@ -18,6 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, parse_schedule
+from nnssl_stc3d.evaluation.benchmark.same_images import find_same_images
 from nnssl_stc3d.files import written_whole
 from nnssl_stc3d.prepare.user_dataset import list_cases
 
@@ -128,7 +129,7 @@ class Workspace:
         self._fix_data(target, pretraining or target, device)
         self._link_preprocessed(target, split.development)
         if pretraining is not None:
-            self._link_preprocessed(pretraining, pretraining.cases())
+            self._link_preprocessed(pretraining, self._without_test_cases(pretraining, target, split))
         if target.raw is None:
             raise ValueError(f"the raw data of {target.name} are needed to predict its test cases")
         description = json.loads((target.raw / "dataset.json").read_text(encoding="utf-8"))
@@ -166,6 +167,24 @@ class Workspace:
                     "Choose another output folder."
                 )
         write_whole(file, json.dumps(data, indent=1) + "\n")
+
+    def left_out(self) -> dict[str, str]:
+        """Case of the pretraining dataset that shows a test case -> that test case."""
+        file = self.root / "left_out.json"
+        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return found
+
+    def _without_test_cases(self, pretraining: Dataset, target: Dataset, split: Split) -> list[str]:
+        """Cases that may be pretrained on. They are looked through once, for neither split nor data change."""
+        file = self.root / "left_out.json"
+        if not file.is_file():
+            tested = {name: target.data / f"{name}.b2nd" for name in split.test}
+            others = {name: pretraining.data / f"{name}.b2nd" for name in pretraining.cases()}
+            write_whole(file, json.dumps(find_same_images(tested, others), indent=1) + "\n")
+        left = sorted(set(pretraining.cases()) - set(self.left_out()))
+        if not left:
+            raise ValueError(f"every case of {pretraining.name} shows a test case of {target.name}: pretrain on others")
+        return left
 
     def _link_preprocessed(self, dataset: Dataset, cases: Iterable[str]) -> None:
         folder = self.preprocessed / dataset.name

@@ -6,8 +6,11 @@ import json
 import os
 import random
 import shutil
+import zlib
 from dataclasses import replace
 
+import blosc2
+import numpy as np
 import pytest
 
 from nnssl_stc3d.evaluation.benchmark import seeded
@@ -18,8 +21,16 @@ CASES = [f"case{i}" for i in range(8)]
 NAME = "Dataset004_Made"
 
 
+def image_of(case):
+    return np.random.default_rng(zlib.crc32(case.encode())).normal(size=(2, 4, 5, 6)).astype(np.float32)
+
+
+def write_image(file, image):
+    blosc2.asarray(np.ascontiguousarray(image), urlpath=str(file), mode="w")
+
+
 def make_dataset(root, name, cases):
-    """A dataset of a user whose files are empty."""
+    """A dataset of a user whose files are empty but for preprocessed images, two channels of 4x5x6."""
     raw, folder = root / "raw" / name, root / "preprocessed" / name
     plans = {
         "plans_name": "nnUNetPlans",
@@ -33,6 +44,8 @@ def make_dataset(root, name, cases):
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    for case in cases:
+        write_image(folder / "nnUNetPlans_3d_fullres" / f"{case}.b2nd", image_of(case))
     for place in (raw, folder):
         description = {"channel_names": {"0": "T2", "1": "T1"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
         (place / "dataset.json").write_text(json.dumps(description))
@@ -97,6 +110,33 @@ def test_every_case_of_another_pretraining_dataset_is_linked(dataset, split, tmp
         assert found == {f"{c}_seg.b2nd" for c in cases}
     images, labels = workspace.cases("test")
     assert not [*images.glob("other*"), *labels.glob("other*")]
+
+
+def test_images_of_test_cases_are_not_pretrained_on(dataset, split, tmp_path):
+    others = ["other0", "other1", "other2", "other3"]
+    pretraining = make_dataset(tmp_path, "Dataset801_Other", others)
+    first, second = split.test
+    # One is mirrored and turned, one saved with less precision. A development case may be pretrained on.
+    changed = {
+        "other0": np.swapaxes(image_of(first), 1, 3)[:, ::-1],
+        "other1": image_of(second).astype(np.float16).astype(np.float32),
+        "other2": image_of(split.pool[0]),
+    }
+    for name, image in changed.items():
+        write_image(pretraining.data / f"{name}.b2nd", image)
+    workspace = Workspace(tmp_path / "b")
+    for _ in range(2):
+        workspace.link_datasets(dataset, split, "cpu", pretraining)
+        assert workspace.left_out() == {"other0": first, "other1": second}
+        found = {f.name for f in (workspace.preprocessed / "Dataset801_Other").rglob("*_seg.b2nd")}
+        assert found == {"other2_seg.b2nd", "other3_seg.b2nd"}
+
+
+def test_a_dataset_of_test_cases_alone_is_refused(dataset, split, tmp_path):
+    pretraining = make_dataset(tmp_path, "Dataset801_Other", ["other0"])
+    write_image(pretraining.data / "other0.b2nd", image_of(split.test[0]))
+    with pytest.raises(ValueError, match="every case of Dataset801_Other shows a test case of Dataset004_Made"):
+        Workspace(tmp_path / "b").link_datasets(dataset, split, "cpu", pretraining)
 
 
 def test_folds_are_the_benchmarks_own_and_never_change_their_number(dataset, split, tmp_path):
