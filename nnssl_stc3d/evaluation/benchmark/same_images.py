@@ -52,7 +52,8 @@ def _shape(file: Path) -> tuple[int, ...]:
 
 def _intensities(file: Path) -> NDArray[np.float64]:
     """What does not depend on the order of voxels, of each channel: extremes and four moments, shape (channels, 7)."""
-    image = np.asarray(blosc2.open(str(file), mode="r")[:], dtype=np.float64)
+    image = np.asarray(blosc2.open(str(file), mode="r")[:], dtype=np.float32)
     rows = image.reshape(len(image), -1)
-    moments = [np.mean(rows**power, axis=1) for power in range(1, 5)]
-    return np.stack([rows.min(axis=1), rows.max(axis=1), np.abs(rows).mean(axis=1), *moments], axis=1)
+    means = [(rows**power).mean(axis=1, dtype=np.float64) for power in range(1, 5)]
+    means.append(np.abs(rows).mean(axis=1, dtype=np.float64))
+    return np.stack([rows.min(axis=1), rows.max(axis=1), *means], axis=1)
