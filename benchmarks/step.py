@@ -7,6 +7,9 @@ the same tensors: forward and backward from the mean of the last feature map, wi
 * "encoder": the encoder on all views.
 * "trained parts": the encoder on all views and, where the method trains it, the decoder on the views that it decodes.
 
+And with "nnU-Net": its own training step on a batch of two patches of the plan, loaded already. This is what a user of
+the plan knows the time and the memory of.
+
 Steps run in blocks with a loader of their own, whose worker is stopped before the bare network runs, so that no work
 of the worker hides behind it. Peak memory is that of a fresh process for each variant, above what it holds before the
 network is built.
@@ -32,6 +35,9 @@ import torch
 from common import Row, Timing, machine, parser, ratio, report, seconds, timed
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, nn
 
@@ -64,6 +70,7 @@ METHODS: dict[str, tuple[type[PretrainMethod], PretrainConfig]] = {
     "alice": (Alice, AliceConfig()),
 }
 _WARM_UP = 3
+_STOCK_BATCH = 2
 
 
 def build_network(features: tuple[int, ...]) -> PlainConvUNet:
@@ -88,6 +95,37 @@ def write_cases(folder: Path, shape: tuple[int, int, int], patch: int, count: in
         image = image + rng.standard_normal(image.shape, dtype=np.float32) * 0.1
         parameters = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE]}
         blosc2.asarray(image, urlpath=str(folder / f"case_{case}.b2nd"), chunks=chunk, blocks=block, cparams=parameters)
+
+
+class Stock:
+    """nnU-Net's training step on two patches with deep supervision.
+
+    Args:
+        size: key of :data:`SIZES`.
+        device: of the network.
+    """
+
+    def __init__(self, size: str, device: torch.device) -> None:
+        features, _, _, patch = SIZES[size]
+        torch.manual_seed(0)
+        # The constructor wants plans and makes folders; train_step and configure_optimizers are nnU-Net's own.
+        self.trainer: Any = object.__new__(nnUNetTrainer)
+        self.trainer.network = build_network(features).to(device)
+        self.trainer.device = device
+        self.trainer.initial_lr, self.trainer.weight_decay, self.trainer.num_epochs = 1e-2, 3e-5, 1000
+        self.trainer.grad_scaler = torch.amp.GradScaler("cuda") if device.type == "cuda" else None
+        self.trainer.optimizer, _ = self.trainer.configure_optimizers()
+        outputs = len(features) - 1
+        weights = np.array([*(0.5**i for i in range(outputs - 1)), 0.0])
+        loss = DC_and_CE_loss({"batch_dice": False, "smooth": 1e-5, "do_bg": False}, {})
+        self.trainer.loss = DeepSupervisionWrapper(loss, weights / weights.sum())
+        sizes = [(patch // 2**i,) * 3 for i in range(outputs)]
+        target = [torch.randint(0, 2, (_STOCK_BATCH, 1, *shape)).float() for shape in sizes]
+        self.batch = {"data": torch.randn(_STOCK_BATCH, 1, *sizes[0]), "target": target}
+
+    def step(self) -> None:
+        """One step."""
+        self.trainer.train_step(self.batch)
 
 
 class Bench:
@@ -148,12 +186,13 @@ class Bench:
         loss.backward()
 
 
-def measure_time(bench: Bench, rounds: int, steps: int) -> dict[str, list[Timing]]:
+def measure_time(bench: Bench, stock: Stock, rounds: int, steps: int) -> dict[str, list[Timing]]:
     """Seconds of a step, of the bare networks and of preparing a batch; one value for each round."""
     views = bench.dataset[0].batch.views.to(bench.device)
     variants: dict[str, Callable[[], object]] = {"encoder": lambda: bench.bare(views, False)}
     if "decoder" in bench.method.transfers:
         variants["trained parts"] = lambda: bench.bare(views, True)
+    variants["nnU-Net"] = stock.step
     timings: dict[str, list[Timing]] = {name: [] for name in ("step", "batch", *variants)}
     for _ in range(rounds):
         loader = bench.loader(_WARM_UP + steps + 2)
@@ -187,11 +226,14 @@ def peak_memory(bench_arguments: tuple[Path, str, str, torch.device], variant: s
     # Load every library first.
     torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     before = _resident()
-    bench = Bench(*bench_arguments)
-    if variant == "step":
+    if variant == "nnU-Net":
+        _repeat(2, Stock(*bench_arguments[2:]).step)
+    elif variant == "step":
+        bench = Bench(*bench_arguments)
         for _, loaded in zip(range(2), bench.loader(2)):
             bench.step(loaded)
     else:
+        bench = Bench(*bench_arguments)
         views = next(bench.loader(1)).batch.views.to(device)
         for _ in range(2):
             bench.bare(views, variant == "trained parts")
@@ -245,10 +287,10 @@ def main() -> None:
         write_cases(folder, shape, patch)
         for method in options.methods:
             bench = Bench(folder, method, options.size, device)
-            timings = measure_time(bench, rounds, steps)
-            variants = [v for v in ("encoder", "trained parts") if v in timings]
+            timings = measure_time(bench, Stock(options.size, device), rounds, steps)
+            variants = [v for v in ("encoder", "trained parts", "nnU-Net") if v in timings]
             # Goals were set for STC3D; the other methods are measured only.
-            judged = variants[-1] if method.startswith("stc3d") else None
+            judged = variants[-2] if method.startswith("stc3d") else None
             worker = seconds(timings["batch"], "cpu")
             for variant in variants:
                 processor = median(
