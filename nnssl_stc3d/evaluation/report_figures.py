@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -19,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from nnssl_stc3d.evaluation.training_log import Curves
+from nnssl_stc3d.evaluation.volumes import read_volume
 
 SCRATCH, PRETRAINED = "#8a8f98", "#1769aa"
 _PICTURES_IN_A_ROW = 8
@@ -162,12 +162,6 @@ def dice_bars(
     return to_png(figure)
 
 
-def _read(path: Path) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Voxels (Z, Y, X) and spacing (z, y, x) in mm."""
-    image = sitk.ReadImage(str(path))
-    return sitk.GetArrayFromImage(image), tuple(image.GetSpacing()[::-1])
-
-
 def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -> bytes:
     """Each test case: the image, the truth and predictions, in the axial slice with most labelled voxels.
 
@@ -191,8 +185,8 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
     highest = max(known, default=1)
     colours = ListedColormap([LABEL_COLOURS[i % len(LABEL_COLOURS)] for i in range(highest)])
     for row, case in zip(axes, cases, strict=True):
-        image, spacing = _read(case.image)
-        maps = [_read(path)[0] for path in (case.truth, *case.predictions.values())]
+        image, spacing = read_volume(case.image, is_label_map=False)
+        maps = [read_volume(path)[0] for path in (case.truth, *case.predictions.values())]
         truth = maps[0]
         index = int(np.isin(truth, known).sum(axis=(1, 2)).argmax())
         low, high = (-160.0, 240.0) if is_ct else np.percentile(image, (1, 99))

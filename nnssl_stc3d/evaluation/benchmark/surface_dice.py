@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
 from nnssl_stc3d.evaluation.benchmark.workspace import write_whole
+from nnssl_stc3d.evaluation.volumes import read_volume
 
 MISSING = "normalised surface Dice needs MONAI: pip install 'nnssl_stc3d[monai]'"
 Structures = Mapping[str, int | Sequence[int]]
@@ -48,12 +48,12 @@ def surface_dice(
         raise ValueError(MISSING)
     from monai.metrics import compute_surface_dice
 
-    images = [sitk.ReadImage(str(file)) for file in (truth, prediction)]
-    if images[0].GetSize() != images[1].GetSize():
+    (real_map, spacing), (predicted_map, _) = map(read_volume, (truth, prediction))
+    maps = [real_map, predicted_map]
+    if real_map.shape != predicted_map.shape:
         raise ValueError(
-            f"expected {prediction} to have the size of {truth}, {images[0].GetSize()}, got {images[1].GetSize()}"
+            f"expected {prediction} to have the size of {truth}, {real_map.shape}, got {predicted_map.shape}"
         )
-    maps = [sitk.GetArrayFromImage(image) for image in images]
     scores = {}
     for name, values in structures.items():
         masks = [np.isin(labels, values) & (maps[0] != ignored) for labels in maps]
@@ -66,7 +66,7 @@ def surface_dice(
                 real,
                 class_thresholds=[tolerance],
                 include_background=True,
-                spacing=images[0].GetSpacing()[::-1],
+                spacing=spacing,
                 use_subvoxels=True,
             )
         )
@@ -107,7 +107,7 @@ def folder_surface_dice(
         return known
     scores = {
         file.name.removesuffix(ending): surface_dice(file, predictions / file.name, structures, tolerance, ignored)
-        for file in sorted(truths.iterdir())
+        for file in sorted(truths.glob(f"*{ending}"))
     }
     write_whole(kept, json.dumps(scores, indent=1) + "\n")
     return scores

@@ -147,6 +147,11 @@ class Workspace:
                 for channel, file in enumerate(found):
                     _link_as(images / f"{name}_{channel:04d}{ending}", file)
                 _link_as(labels / f"{name}{ending}", raw[name].label)
+                # Where nnU-Net looks for the spacing of a TIFF, which has none.
+                for folder, file, cut in ((images, found[0], f"_0000{ending}"), (labels, raw[name].label, ending)):
+                    spacing = file.with_name(f"{file.name[: -len(cut)]}.json")
+                    if spacing.is_file():
+                        _link_as(folder / f"{name}.json", spacing)
 
     def _fix_data(self, target: Dataset, pretraining: Dataset, device: str) -> None:
         """Runs are told apart by method, length, labels and seed, so that everything else has to stay as it was."""
@@ -170,18 +175,30 @@ class Workspace:
 
     def left_out(self) -> dict[str, str]:
         """Case of the pretraining dataset that shows a test case -> that test case."""
-        file = self.root / "left_out.json"
-        found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found: dict[str, str] = self._searched()["left_out"]
         return found
 
+    def _searched(self) -> dict[str, Any]:
+        """Cases of the pretraining dataset when the benchmark began, and which of them are left out."""
+        file = self.root / "pretraining_cases.json"
+        known: dict[str, Any] = {"cases": None, "left_out": {}}
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else known
+
     def _without_test_cases(self, pretraining: Dataset, target: Dataset, split: Split) -> list[str]:
-        """Cases that may be pretrained on. They are looked through once, for neither split nor data change."""
-        file = self.root / "left_out.json"
-        if not file.is_file():
+        """Cases that may be pretrained on. They are looked through once, for neither split nor data may change."""
+        cases, known = pretraining.cases(), self._searched()["cases"]
+        if known is None:
             tested = {name: target.data / f"{name}.b2nd" for name in split.test}
-            others = {name: pretraining.data / f"{name}.b2nd" for name in pretraining.cases()}
-            write_whole(file, json.dumps(find_same_images(tested, others), indent=1) + "\n")
-        left = sorted(set(pretraining.cases()) - set(self.left_out()))
+            found = find_same_images(tested, {name: pretraining.data / f"{name}.b2nd" for name in cases})
+            content = json.dumps({"cases": cases, "left_out": found}, indent=1)
+            write_whole(self.root / "pretraining_cases.json", content + "\n")
+        elif known != cases:
+            changed = sorted(set(known) ^ set(cases))
+            raise ValueError(
+                f"the cases of {pretraining.name} have changed since this benchmark began, such as {changed[0]} "
+                f"({len(known)} then, {len(cases)} now). Restore them, or choose another output folder."
+            )
+        left = sorted(set(cases) - set(self.left_out()))
         if not left:
             raise ValueError(f"every case of {pretraining.name} shows a test case of {target.name}: pretrain on others")
         return left
@@ -334,12 +351,14 @@ def _link(files: Iterable[Path], folder: Path) -> None:
 
 
 def _link_as(link: Path, file: Path) -> None:
-    """Links a file; a link that is there stays."""
+    """Links a file; a link that is there stays, unless what it points to has been moved."""
     if not file.exists():
         raise ValueError(f"expected the file {file}, which does not exist. Preprocess the dataset again.")
     link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink() and not link.exists():
-        link.symlink_to(file.resolve())
+    if link.exists():
+        return
+    link.unlink(missing_ok=True)
+    link.symlink_to(file.resolve())
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -132,6 +132,38 @@ def test_images_of_test_cases_are_not_pretrained_on(dataset, split, tmp_path):
         assert found == {"other2_seg.b2nd", "other3_seg.b2nd"}
 
 
+def test_a_pretraining_dataset_that_has_grown(dataset, split, tmp_path):
+    pretraining = make_dataset(tmp_path, "Dataset801_Other", ["other0", "other1"])
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cpu", pretraining)
+    make_dataset(tmp_path, "Dataset801_Other", ["other0", "other1", "other2"])
+    with pytest.raises(ValueError, match=r"cases of Dataset801_Other have changed .* other2 \(2 then, 3 now\)"):
+        workspace.link_datasets(dataset, split, "cpu", pretraining)
+    assert not list((workspace.preprocessed / "Dataset801_Other").rglob("other2*"))
+
+
+def test_the_spacing_of_tiffs_comes_along(dataset, split, tmp_path):
+    first = split.test[0]
+    for folder, name in (("imagesTr", first), ("labelsTr", first), ("imagesTr", split.pool[0])):
+        (dataset.raw / folder / f"{name}.json").write_text(json.dumps({"spacing": [5, 1, 1]}))
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cpu")
+    for folder in workspace.cases("test"):
+        assert [f.name for f in folder.glob("*.json")] == [f"{first}.json"]
+
+
+def test_data_that_were_moved_are_linked_anew(dataset, split, tmp_path):
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cpu")
+    moved = replace(dataset, raw=tmp_path / "raw2" / NAME, preprocessed=tmp_path / "preprocessed2" / NAME)
+    for before, after in ((dataset.raw, moved.raw), (dataset.preprocessed, moved.preprocessed)):
+        after.parent.mkdir()
+        before.rename(after)
+    workspace.link_datasets(moved, split, "cpu")
+    links = [f for f in (tmp_path / "b").rglob("*") if f.is_symlink()]
+    assert links and all(link.exists() for link in links)
+
+
 def test_a_dataset_of_test_cases_alone_is_refused(dataset, split, tmp_path):
     pretraining = make_dataset(tmp_path, "Dataset801_Other", ["other0"])
     write_image(pretraining.data / "other0.b2nd", image_of(split.test[0]))
