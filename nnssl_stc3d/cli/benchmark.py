@@ -124,6 +124,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     return parser
 
 
+def _visible(gpus: str, allowed: str) -> tuple[str, ...]:
+    """Names for CUDA_VISIBLE_DEVICES. Numbers count the GPUs that this process may use, as everywhere in CUDA.
+
+    Raises:
+        ValueError: a number beyond them.
+    """
+    names, known = [g for g in gpus.split(",") if g], [g for g in allowed.split(",") if g]
+    if known and any(name.isdigit() and int(name) >= len(known) for name in names):
+        raise ValueError(
+            f"expected numbers below {len(known)} after --gpus (CUDA_VISIBLE_DEVICES={allowed}), got {gpus}"
+        )
+    return tuple(known[int(name)] if known and name.isdigit() else name for name in names)
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the report."""
     from nnssl_stc3d.evaluation.benchmark.command import Options, benchmark
@@ -161,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
             tolerance=args.nsd_tolerance,
             reference=args.reference,
             device=args.device,
-            gpus=tuple(g for g in args.gpus.split(",") if g),
+            gpus=_visible(args.gpus, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
             jobs=args.jobs,
             threads=args.threads,
             workers=workers,

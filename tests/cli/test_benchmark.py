@@ -8,6 +8,7 @@ import signal
 
 import pytest
 
+from nnssl_stc3d.cli.benchmark import _visible
 from nnssl_stc3d.cli.main import main
 from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 
@@ -135,6 +136,34 @@ def test_plans_that_no_finetuning_could_use_are_refused_before_pretraining(
     # What that command writes is found by its name.
     (folder / "nnUNetPlans_Dataset004.json").write_text(json.dumps(tiny_plans() | {"plans_name": "other"}))
     assert benchmark("--pretrain-dataset", "801", "--dry-run") == 0
+
+
+def test_methods_are_measured_under_the_same_conditions(benchmark, tmp_path, raw, capsys, monkeypatch):
+    """A budget in seconds is translated for every method alike."""
+    from nnssl_stc3d.evaluation.benchmark import command
+
+    measured = []
+    monkeypatch.setattr(command.Workspace, "link_datasets", lambda *_: None)
+    monkeypatch.setattr(
+        command, "_seconds_per_step", lambda method, steps, *_: measured.append((method.name, steps)) or 1.0
+    )
+    monkeypatch.setattr(command, "execute_all", lambda *_: [])
+    # No run is finished, so that there is nothing to report.
+    assert benchmark("--budget", "100s", "--threads", 1, "--workers", 2) == 1
+    assert benchmark("--budget", "100s", "--threads", 2) == 1
+    assert measured == [("stc3d", 60)]
+    capsys.readouterr()
+    assert benchmark("--budget", "100s", "--methods", "stc3d,voco", "--threads", 2, "--workers", 2) == 1
+    assert "expected --threads 1 --workers 2" in capsys.readouterr().err and len(measured) == 1
+    assert benchmark("--budget", "100s", "--methods", "stc3d,voco", "--threads", 1, "--workers", 2) == 1
+    assert measured[1:] == [("voco", 60)]
+
+
+def test_gpus_are_counted_among_those_that_may_be_used():
+    assert _visible("0,1", "") == ("0", "1") and _visible("", "2,3") == ()
+    assert _visible("0,1", "2,3") == ("2", "3") and _visible("1", "GPU-a,GPU-b") == ("GPU-b",)
+    with pytest.raises(ValueError, match=r"numbers below 2 after --gpus \(CUDA_VISIBLE_DEVICES=2,3\), got 2"):
+        _visible("2", "2,3")
 
 
 def test_a_folder_that_is_in_use(benchmark, tmp_path, capsys):

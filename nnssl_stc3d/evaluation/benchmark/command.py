@@ -118,6 +118,7 @@ def benchmark(options: Options) -> int:
         return 0
     with held_alone(options.output):
         fix_split(options.output / "split.json", drawn)
+        workspace.fix_methods(methods)
         workspace.link_datasets(target, drawn, options.device, pretraining)
         if left_out := workspace.left_out():
             examples = ", ".join(f"{case} ({test})" for case, test in list(left_out.items())[:3])
@@ -138,7 +139,7 @@ def benchmark(options: Options) -> int:
             so_far = {"so far": f"{options.seeds - len(left)} of {options.seeds} seeds"}
             try:
                 write_report(over, settings, so_far | facts, folder, tolerance, options.reference)
-            except (ValueError, OSError) as error:
+            except Exception as error:
                 tqdm.write(f"No report so far: {error}", file=sys.stderr)
 
         failures = execute_all(
@@ -234,16 +235,32 @@ def _steps(methods: Sequence[Method], options: Options, settings: Settings, budg
     """Steps of each method's pretraining. A budget in seconds is translated once, by measuring a few steps."""
     measured = _known_seconds(options.output)
     missing = [method for method in methods if budget.seconds and method.key not in measured]
+    # What workers have prepared between two epochs costs no time in the second; it must be few of its batches.
+    steps = CALIBRATION_STEPS * (1 + options.workers)
     if missing:
-        settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules)
+        _same_conditions(options)
+        settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules, steps)
     for method in missing:
-        measured[method.key] = _seconds_per_step(method, options, settings)
+        measured[method.key] = _seconds_per_step(method, steps, options, settings)
         print(f"{method.name}: {measured[method.key]:.3g} s a step")
         write_whole(options.output / "seconds_per_step.json", json.dumps(measured, indent=1) + "\n")
     return {method: _length(budget, measured.get(method.key)) for method in methods}
 
 
-def _seconds_per_step(method: Method, options: Options, settings: Settings) -> float:
+def _same_conditions(options: Options) -> None:
+    """Methods get as many steps as fit into the budget, so all have to be measured under the same conditions."""
+    file, now = options.output / "measured_with.json", {"threads": options.threads, "workers": options.workers}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    if before != now:
+        raise ValueError(
+            f"expected --threads {before['threads']} --workers {before['workers']}, with which the seconds of a step "
+            f"were measured in {options.output}, got {options.threads} and {options.workers}: methods would not get "
+            "the same time. Repeat these options, or choose another output folder."
+        )
+    write_whole(file, json.dumps(now) + "\n")
+
+
+def _seconds_per_step(method: Method, steps: int, options: Options, settings: Settings) -> float:
     """Seconds of a pretraining step, validation included, measured alone in the second epoch of a short run."""
     trainer, start = method.trainer_name(CALIBRATION), f"{method.key}/{CALIBRATION}"
     dataset = settings.pretraining
@@ -254,7 +271,7 @@ def _seconds_per_step(method: Method, options: Options, settings: Settings) -> f
     call([*words, "-device", options.device], settings, start, log, 0, options.threads, options.workers, gpu)
     model = f"{trainer}__{plans}__{dataset.configuration}"
     folder = settings.workspace.results(start) / dataset.name / model / "fold_all"
-    return read_epoch_seconds(folder)[-1] / CALIBRATION_STEPS
+    return read_epoch_seconds(folder)[-1] / steps
 
 
 def _facts(options: Options, settings: Settings, steps: dict[Method, int], budget: Budget) -> dict[str, str]:

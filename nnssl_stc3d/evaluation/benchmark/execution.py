@@ -77,6 +77,11 @@ def cost_file(run: Run, settings: Settings) -> Path:
     return settings.workspace.root / "cost" / f"{_file_name(run, settings)}.json"
 
 
+def command_on_cases(command: str, settings: Settings) -> str:
+    """Name in a cost file of a command that predicts or evaluates."""
+    return f"{command} {settings.cases}{'' if settings.mirroring else ' without mirroring'}"
+
+
 def read_cost(run: Run, settings: Settings) -> dict[str, Spent]:
     """What :func:`cost_file` says; nothing of a run that has not begun."""
     file = cost_file(run, settings)
@@ -147,7 +152,7 @@ def execute(
     file, cost = cost_file(run, settings), read_cost(run, settings)
     metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
-        command = words[0] if words[0] == TRAIN else f"{words[0]} {settings.cases}"
+        command = words[0] if words[0] == TRAIN else command_on_cases(words[0], settings)
         name = unfinished = f"{command}, unfinished"
         earlier = cost.pop(unfinished, None)
         before, begin = gpu_joules(gpu) if metered else None, time()

@@ -10,6 +10,10 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+# nnU-Net reads these without what SimpleITK would need to turn them in mm.
+_WITHOUT_SPACING = (".tif", ".tiff", ".png", ".bmp")
+# SimpleITK smooths along axes of as many voxels at least.
+_SMOOTHED = 4
 # Perturbation -> strength at each level. The paper names three levels of noise and says no more about them.
 STRENGTHS = {
     "noise": (0.1, 0.25, 0.5),  # standard deviation, in that of the image between its 1st and 99th percentile
@@ -54,7 +58,7 @@ def perturb_case(
     if perturbation == "noise":
         return [_add_noise(image, strength, rng) for image in images], label
     if perturbation == "blur":
-        return [sitk.SmoothingRecursiveGaussian(i, [strength * s for s in i.GetSpacing()]) for i in images], label
+        return [_smooth(i, [strength * s for s in i.GetSpacing()]) for i in images], label
     if perturbation == "resolution":
         return [_coarser(image, strength) for image in images], label
     if perturbation == "bias":
@@ -76,7 +80,14 @@ def write_perturbed(
         ending: of nnU-Net's files.
         perturbation: of :data:`STRENGTHS`.
         level: of :data:`LEVELS`.
+
+    Raises:
+        ValueError: a format without a spacing.
     """
+    if ending.lower() in _WITHOUT_SPACING:
+        raise ValueError(
+            f"--robustness needs images whose files have a spacing, such as .nii.gz, .nrrd or .mha, got {ending}"
+        )
     for folder in target:
         folder.mkdir(parents=True, exist_ok=True)
     for truth in sorted(source[1].glob(f"*{ending}")):
@@ -101,6 +112,14 @@ def _add_noise(image: sitk.Image, strength: float, rng: np.random.Generator) -> 
     return _like(values + rng.normal(0.0, strength * spread, values.shape), image)
 
 
+def _smooth(image: sitk.Image, sigma: Sequence[float]) -> sitk.Image:
+    """Gaussian smoothing by standard deviations in mm, (x, y, z); axes of three voxels or fewer stay."""
+    for axis, (size, deviation) in enumerate(zip(image.GetSize(), sigma, strict=True)):
+        if size >= _SMOOTHED:
+            image = sitk.RecursiveGaussian(image, deviation, direction=axis)
+    return image
+
+
 def _coarser(image: sitk.Image, factor: float) -> sitk.Image:
     """Interpolates an image from a grid of larger voxels that covers the same box."""
     size = [max(1, round(n / factor)) for n in image.GetSize()]
@@ -108,7 +127,7 @@ def _coarser(image: sitk.Image, factor: float) -> sitk.Image:
     # Both grids share their outer faces, so the centre of the first voxel moves.
     first = image.TransformContinuousIndexToPhysicalPoint([n / m / 2 - 0.5 for n, m in zip(image.GetSize(), size)])
     sigma = [max(0.5 * (new - old), 1e-3 * old) for new, old in zip(spacing, image.GetSpacing(), strict=True)]
-    smooth = sitk.SmoothingRecursiveGaussian(image, sigma)
+    smooth = _smooth(image, sigma)
     coarse = sitk.Resample(smooth, size, sitk.Transform(), sitk.sitkLinear, first, spacing, image.GetDirection(), 0.0)
     nearest = sitk.ResampleImageFilter()
     nearest.SetReferenceImage(image)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nnssl_stc3d.evaluation.benchmark.execution import EVALUATE, TRAIN, read_cost
+from nnssl_stc3d.evaluation.benchmark.execution import EVALUATE, TRAIN, command_on_cases, read_cost
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings
 
 _KINDS: dict[type, str] = {
@@ -54,7 +54,7 @@ def _left(runs: Sequence[Run], settings: Settings, pretraining: float | None, si
     left = []
     for run in runs:
         cost, kind = read_cost(run, settings), _KINDS[type(run)]
-        last = TRAIN if isinstance(run, Pretraining) else f"{EVALUATE} {settings.cases}"
+        last = TRAIN if isinstance(run, Pretraining) else command_on_cases(EVALUATE, settings)
         if last in cost:
             taken.setdefault(kind, []).append(sum(spent["seconds"] or 0.0 for spent in cost.values()))
         else:

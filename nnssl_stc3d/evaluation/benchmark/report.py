@@ -11,7 +11,7 @@ import numpy as np
 
 from nnssl_stc3d.evaluation.benchmark import figures, tables
 from nnssl_stc3d.evaluation.benchmark.execution import TRAIN, Spent, read_cost
-from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import METHODS, SCRATCH
 from nnssl_stc3d.evaluation.benchmark.results import read_dice, read_perturbed_dice, read_surface_dice
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected
@@ -22,8 +22,9 @@ Cost = Mapping[str, Mapping[str, Spent]]
 _EXPLANATION = (
     "Differences are paired by seed: same labelled cases, schedule, steps and initialisation of what is not "
     "pretrained. A seed also changes the pretraining. Intervals of differences are Student's t over seeds, p-values "
-    "are of paired t-tests, corrected for all rows by Benjamini and Hochberg. Intervals of means resample seeds and "
-    "cases."
+    "are of paired t-tests, corrected for all rows by Benjamini and Hochberg. They say what repetitions would give on "
+    "these test cases and with this pool of labelled cases, not what other patients would. Intervals of means resample "
+    "seeds and cases, seeds spread wider as they are few."
 )
 
 
@@ -58,7 +59,7 @@ def write_report(
     if tolerance:
         scores[f"NSD {tolerance:g} mm"] = read_surface_dice(runs, settings, tolerance)
     rows = {name: corrected(compare(some, reference)) for name, some in scores.items()}
-    perturbed = _compare_perturbed(read_perturbed_dice(runs, settings), reference)
+    perturbed = _compare_perturbed(read_perturbed_dice(runs, settings), rows["Dice"], reference)
     cost: Cost = {run.name: spent for run in runs if (spent := read_cost(run, settings))}
     folder.mkdir(parents=True, exist_ok=True)
     content = {
@@ -114,12 +115,16 @@ def _as_dict(row: Row) -> dict[str, object]:
 
 
 def _compare_perturbed(
-    results: Mapping[tuple[str, str], Sequence[Result]], reference: str
+    results: Mapping[tuple[str, str], Sequence[Result]], unperturbed: Sequence[Row], reference: str
 ) -> dict[tuple[str, str], list[Row]]:
-    """Rows of every perturbation and level, corrected together."""
+    """Rows of every perturbation and level, corrected together, after those without it, which are corrected already."""
     compared = {kind: compare(some, reference) for kind, some in results.items()}
     rows = iter(corrected([row for some in compared.values() for row in some]))
-    return {kind: [next(rows) for _ in some] for kind, some in compared.items()}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for (perturbation, level), some in compared.items():
+        found.setdefault((perturbation, "none"), list(unperturbed))
+        found[perturbation, level] = [next(rows) for _ in some]
+    return found
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -146,6 +151,10 @@ def caveat(rows: Sequence[Row], missing: int, cases: str) -> str:
         text += f" {missing} planned finetunings are not finished."
     if cases == "validation":
         text += " These are validation cases, for choosing; report the test cases."
+    elif len({row.schedule for row in rows}) > 1 or {row.method for row in rows} - {SCRATCH, *METHODS}:
+        text += " To choose between ways of finetuning or options, use validation cases; these are test cases."
+    if any(row.schedule.startswith("frozen-start") and row.method == SCRATCH for row in rows):
+        text += " A frozen start from scratch begins with a frozen random encoder: it is no matched scratch."
     if min(seeds) < 5:
         text += " Fewer than five seeds rarely decide anything: repeats of one method differ by several points of Dice."
     return text

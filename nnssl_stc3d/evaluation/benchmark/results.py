@@ -69,7 +69,7 @@ def read_surface_dice(runs: Sequence[Run], settings: Settings, tolerance: float)
 
 
 def read_perturbed_dice(runs: Sequence[Run], settings: Settings) -> dict[tuple[str, str], list[Result]]:
-    """Perturbation and level -> Dice of the perturbed cases. The unperturbed ones are the level "none"."""
+    """Perturbation and level -> Dice of the perturbed cases."""
     groups: dict[tuple[str, str], list[PerturbedPrediction]] = {}
     for run in runs:
         if isinstance(run, PerturbedPrediction):
@@ -79,9 +79,6 @@ def read_perturbed_dice(runs: Sequence[Run], settings: Settings) -> dict[tuple[s
         finetunings = [run.finetuning for run in members]
         results = read_dice(finetunings, members[0].settings(settings))
         if results:
-            # Every level has the same unperturbed cases, which are read once.
-            if (perturbation, "none") not in found:
-                found[perturbation, "none"] = read_dice(finetunings, settings)
             found[perturbation, level] = results
     return found
 

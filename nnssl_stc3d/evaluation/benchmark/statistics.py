@@ -140,6 +140,9 @@ def _row(
 def bootstrap_interval(scores: NDArray[np.float64]) -> Interval | None:
     """Percentile interval of the mean, by resampling seeds and, for each of them, cases.
 
+    Few resampled seeds vary less than seeds do: of three, intervals of 95 % would hold the mean in three of four cases.
+    So their deviations from the mean are widened to Student's t.
+
     Args:
         scores: (seeds, cases).
 
@@ -149,6 +152,10 @@ def bootstrap_interval(scores: NDArray[np.float64]) -> Interval | None:
     seeds, cases = scores.shape
     if seeds < 2:
         return None
+    quantile = (1 + CONFIDENCE) / 2
+    wider = np.sqrt(seeds / (seeds - 1)) * stats.t.ppf(quantile, seeds - 1) / stats.norm.ppf(quantile)
+    of_seeds = scores.mean(axis=1, keepdims=True)
+    scores = scores + (wider - 1) * (of_seeds - of_seeds.mean())
     rng = np.random.default_rng(0)
     rows = rng.integers(seeds, size=(RESAMPLES, seeds, 1))
     columns = rng.integers(cases, size=(RESAMPLES, 1, cases))

@@ -22,7 +22,10 @@ def header(rows: Sequence[Row], score: str) -> list[str]:
 def cells(row: Row) -> list[str]:
     """A row of the table under :func:`header`; the reference has no difference."""
     start = [str(row.labels), row.schedule, row.method, str(len(row.seeds)), f"{row.mean:.1f}", _span(row.interval)]
-    return start + difference_cells(row)
+    difference, *rest = difference_cells(row)
+    if row.difference is not None and len(row.difference_per_seed) < len(row.seeds):
+        difference += f" ({len(row.difference_per_seed)} pairs)"
+    return [*start, difference, *rest]
 
 
 def difference_cells(row: Row) -> list[str]:
@@ -53,7 +56,7 @@ def latex(rows: Sequence[Row], score: str) -> str:
     lines = [" & ".join(line) + r" \\" for line in [header(rows, score), *map(cells, rows)]]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     text = "\n".join([r"\begin{tabular}{" + "l" * 3 + "r" * (len(HEAD) - 3) + "}", *body, r"\end{tabular}"])
-    return text.replace("%", r"\%").replace("_", r"\_") + "\n"
+    return text.replace("%", r"\%").replace("_", r"\_").replace("<", "$<$") + "\n"
 
 
 def html(head: Sequence[str], lines: Iterable[Sequence[str]], tones: Sequence[str] = ()) -> str:

@@ -223,6 +223,27 @@ class Workspace:
             )
         plans.write_text(text, encoding="utf-8")
 
+    def fix_methods(self, methods: Iterable[Method]) -> None:
+        """Keeps all options of the methods: defaults may change with the version, and runs are found by name.
+
+        Raises:
+            ValueError: a method's runs in this folder had other options.
+        """
+        file = self.root / "methods.json"
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for method in methods:
+            # As it comes back from the file, in which tuples are lists.
+            now = json.loads(json.dumps(method.config().to_dict()))
+            before = known.setdefault(method.key, now)
+            changed = sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key))
+            if changed:
+                differences = ", ".join(f"{key}={before.get(key)}, now {now.get(key)}" for key in changed)
+                raise ValueError(
+                    f"the runs of {method.name} in {self.root} were made with {differences}. Set what differs with "
+                    f"--set, use the version of then, or choose another output folder."
+                )
+        write_whole(file, json.dumps(known, indent=1) + "\n")
+
     def fold(self, dataset: Dataset, split: Split, count: int, seed: int) -> int:
         """Number of the fold with some labelled cases; new folds are appended, so that numbers never change."""
         file, record = self.preprocessed / dataset.name / "splits_final.json", self.root / "folds.json"
@@ -233,9 +254,16 @@ class Workspace:
             write_whole(record, json.dumps(known) + "\n")
         return int(known.index([count, seed]))
 
-    def write_trainers(self, steps: Mapping[Method, int], finetuning_steps: int, schedules: Iterable[str]) -> None:
+    def write_trainers(
+        self,
+        steps: Mapping[Method, int],
+        finetuning_steps: int,
+        schedules: Iterable[str],
+        calibration_steps: int = CALIBRATION_STEPS,
+    ) -> None:
         """Writes the trainers of this benchmark, each a few lines; see :func:`trainers_source`."""
-        write_whole(self.trainers / TRAINERS_FILE, trainers_source(steps, finetuning_steps, schedules))
+        source = trainers_source(steps, finetuning_steps, schedules, calibration_steps)
+        write_whole(self.trainers / TRAINERS_FILE, source)
 
 
 def finetuning_trainer(schedule: str, steps: int) -> str:
@@ -245,13 +273,19 @@ def finetuning_trainer(schedule: str, steps: int) -> str:
     return trainer if rate is None else f"{trainer}_lr{re.sub(r'[^0-9e]', '_', f'{rate:g}')}"
 
 
-def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedules: Iterable[str]) -> str:
+def trainers_source(
+    steps: Mapping[Method, int],
+    finetuning_steps: int,
+    schedules: Iterable[str],
+    calibration_steps: int = CALIBRATION_STEPS,
+) -> str:
     """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options.
 
     Args:
         steps: method -> steps of its pretraining; 0 while they are not known.
         finetuning_steps: of every finetuning.
         schedules: of the finetunings.
+        calibration_steps: of each of the two epochs in which the seconds of a step are measured.
     """
     finetuning = {SCHEDULES[parse_schedule(schedule).name][0] for schedule in schedules}
     modules = sorted({m.module for m in steps} | finetuning - {""})
@@ -276,7 +310,7 @@ def trainers_source(steps: Mapping[Method, int], finetuning_steps: int, schedule
         values = {"seed": "torch.initial_seed()"} | {key: repr(value) for key, value in method.changes}
         changes = ", ".join(f"{key}={value}" for key, value in values.items())
         config = [f"    config = replace({parent}.config, {changes})"]
-        lines += _subclass(method.trainer_name(CALIBRATION), parent, 2, CALIBRATION_STEPS, 1) + config
+        lines += _subclass(method.trainer_name(CALIBRATION), parent, 2, calibration_steps, 1) + config
         if number:
             name = method.trainer_name(f"{number}steps")
             lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config

@@ -115,3 +115,20 @@ def test_kinds():
     assert len(perturbed_kinds(list(STRENGTHS))) == 15
     with pytest.raises(ValueError, match="noise, blur, resolution, bias, rotation, got fog"):
         perturbed_kinds(["noise", "fog"])
+
+
+@pytest.mark.parametrize("perturbation", list(STRENGTHS))
+def test_few_slices_can_be_perturbed(perturbation):
+    """SimpleITK's smoothing needs four voxels along an axis."""
+    rng = np.random.default_rng(0)
+    thin = sitk.GetImageFromArray(rng.normal(size=(2, 12, 14)).astype(np.float32))
+    (image,), _ = perturb_case([thin], sitk.Cast(thin, sitk.sitkUInt8), perturbation, "high", "thin")
+    values = sitk.GetArrayFromImage(image)
+    assert values.shape == (2, 12, 14) and np.isfinite(values).all()
+    assert not np.allclose(values, sitk.GetArrayFromImage(thin))
+
+
+def test_formats_without_a_spacing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="files have a spacing, such as .nii.gz, .* got .tif"):
+        write_perturbed((tmp_path, tmp_path), (tmp_path / "a", tmp_path / "b"), ".tif", "noise", "low")
+    assert not (tmp_path / "a").exists()

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nnssl_stc3d.evaluation.benchmark.report import write_report
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, plan_runs
@@ -69,6 +70,17 @@ def test_what_perturbation_costs(report):
         assert before["method"] == after["method"]
         assert after["mean"] - before["mean"] == pytest.approx(-10.0 * FOUND)
     assert "-8.3" in (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_what_is_not_perturbed_is_corrected_with_the_other_table(report):
+    """Counted again for every perturbation, it would make others significant."""
+    folder, rows = report
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["perturbed"][0]["rows"] == results["rows"]["Dice"]
+    noisy = results["perturbed"][1]["rows"]
+    tested = [row for row in noisy if row["p"] is not None]
+    adjusted = stats.false_discovery_control([row["p"] for row in tested])
+    assert [row["p_adjusted"] for row in tested] == pytest.approx(list(adjusted))
 
 
 def test_a_structure_that_is_not_there_counts_for_all_runs(settings, runs, finish, tmp_path):

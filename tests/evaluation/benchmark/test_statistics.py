@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from nnssl_stc3d.evaluation.benchmark import statistics as module
 from nnssl_stc3d.evaluation.benchmark.statistics import (
     Result,
     bootstrap_interval,
@@ -125,11 +126,21 @@ def test_the_bootstrap_resamples_seeds_and_cases():
     seeds_differ = np.repeat(rng.normal(60, 5, (6, 1)), 40, axis=1)
     low, high = bootstrap_interval(seeds_differ)
     # Without spread over cases, only seeds are resampled: the standard error is that of six numbers.
-    error = seeds_differ[:, 0].std() / np.sqrt(6)
-    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    error = seeds_differ[:, 0].std(ddof=1) / np.sqrt(6)
+    assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, 5) * error, rel=0.1)
     assert low < seeds_differ.mean() < high
     cases_differ = np.repeat(rng.normal(60, 5, (1, 40)), 6, axis=0)
     low, high = bootstrap_interval(cases_differ)
     # The same cases are drawn for all seeds, as they are the same cases.
     assert (high - low) / 2 == pytest.approx(1.96 * cases_differ[0].std() / np.sqrt(40), rel=0.1)
     assert bootstrap_interval(cases_differ) == (low, high)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_of_a_mean_hold_it_as_often_as_they_say(monkeypatch, seeds):
+    monkeypatch.setattr(module, "RESAMPLES", 500)
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        low, high = bootstrap_interval(rng.normal(size=(seeds, 1)) + rng.normal(size=(1, 10)))
+        held += low <= 0 <= high
+    assert 0.9 <= held / 200 <= 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.design import draw_split
+from nnssl_stc3d.evaluation.benchmark.methods import find_methods
 from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, environment
 
 CASES = [f"case{i}" for i in range(8)]
@@ -162,6 +164,19 @@ def test_data_that_were_moved_are_linked_anew(dataset, split, tmp_path):
     workspace.link_datasets(moved, split, "cpu")
     links = [f for f in (tmp_path / "b").rglob("*") if f.is_symlink()]
     assert links and all(link.exists() for link in links)
+
+
+def test_options_that_have_changed_with_the_version(tmp_path, monkeypatch):
+    workspace, methods = Workspace(tmp_path / "b"), find_methods(["stc3d", "voco", "stc3d-rotation"])
+    for _ in range(2):
+        workspace.fix_methods(methods)
+    before = (tmp_path / "b" / "methods.json").read_bytes()
+    trainer = importlib.import_module("nnssl_stc3d.trainers.stc3d").STC3DPretrainTrainer
+    monkeypatch.setattr(trainer, "config", replace(trainer.config, dense_points=7))
+    with pytest.raises(ValueError, match=r"runs of stc3d in .*b were made with dense_points=256, now 7\."):
+        workspace.fix_methods(methods)
+    assert (tmp_path / "b" / "methods.json").read_bytes() == before
+    workspace.fix_methods(find_methods(["voco"]))
 
 
 def test_a_dataset_of_test_cases_alone_is_refused(dataset, split, tmp_path):
