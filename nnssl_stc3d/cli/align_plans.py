@@ -149,6 +149,7 @@ def _plans_in(file: Path) -> tuple[Any, dict[str, Any]]:
     """Plans and dataset.json of a checkpoint."""
     from nnssl_stc3d.transfer.checkpoint import load_checkpoint
     from nnssl_stc3d.transfer.differences import plans_of_checkpoint
+    from nnssl_stc3d.transfer.trusted_plans import check_plans
 
     checkpoint = load_checkpoint(file)
     reference = plans_of_checkpoint(checkpoint)
@@ -158,6 +159,7 @@ def _plans_in(file: Path) -> tuple[Any, dict[str, Any]]:
             f"Expected a checkpoint with plans and dataset.json, as nnU-Net and nnssl_stc3d write them; {file} has not "
             "both. Ask for the plans that the weights were trained with."
         )
+    check_plans(reference.plans, file)
     return reference, dataset_json
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nnssl_stc3d.modules.classifier import classify_volume
 from nnssl_stc3d.training.classify_trainer import RECORD, build_classifier
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint
+from nnssl_stc3d.transfer.trusted_plans import check_plans
 
 
 class Classifier:
@@ -33,7 +34,9 @@ class Classifier:
     """
 
     def __init__(self, folder: Path, folds: Sequence[str] | None, checkpoint: str, device: torch.device) -> None:
-        self.plans_manager = PlansManager(_read_json(folder / "plans.json"))
+        plans = _read_json(folder / "plans.json")
+        check_plans(plans, folder / "plans.json")
+        self.plans_manager = PlansManager(plans)
         self.dataset_json = _read_json(folder / "dataset.json")
         if RECORD not in self.dataset_json:
             raise ValueError(f"Expected the results of an STC3DClassifyTrainer in {folder}, but it names no classes.")

@@ -33,6 +33,7 @@ from nnssl_stc3d.methods.base import PretrainConfig, PretrainMethod, config_from
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.methods.vox2vec import Vox2Vec, Vox2VecConfig
 from nnssl_stc3d.modules.heads import sample_features
+from nnssl_stc3d.transfer.trusted_plans import check_plans
 from nnssl_stc3d.views.geometry import normalised_points
 
 METHODS: dict[str, tuple[type[PretrainMethod], type[PretrainConfig]]] = {
@@ -195,7 +196,12 @@ def load_embedder(checkpoint: dict[str, Any], device: torch.device) -> VoxelEmbe
 
 
 def build_network(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
-    """The untrained network of a plan, as nnU-Net's trainer builds it."""
+    """The untrained network of a plan, as nnU-Net's trainer builds it.
+
+    Raises:
+        ValueError: the plans, which may be a stranger's, name something else than a network.
+    """
+    check_plans(plans, f"the plans {plans.get('plans_name')}")
     plans_manager = PlansManager(plans)
     resolved = plans_manager.get_configuration(configuration)
     return nnUNetTrainer.build_network_architecture(

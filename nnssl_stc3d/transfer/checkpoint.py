@@ -81,7 +81,10 @@ def _sync_folder(folder: Path) -> None:
 def load_checkpoint(
     path: str | os.PathLike[str], map_location: Any = "cpu", *, pretraining: bool = False
 ) -> dict[str, Any]:
-    """Reads a checkpoint with ``weights_only=True``: a file from a stranger cannot run code.
+    """Reads a checkpoint with ``weights_only=True``: reading a file from a stranger runs no code.
+
+    The plans in it name Python classes, which :func:`nnssl_stc3d.transfer.trusted_plans.check_plans` looks at before a
+    network is built from them.
 
     Besides plain values and tensors, NumPy scalars and arrays are accepted, since ordinary nnU-Net checkpoints hold
     some. An encoder that was exported as ``.safetensors`` is read into the same form.

@@ -21,6 +21,7 @@ from nnssl_stc3d.transfer.checkpoint import (
     write_atomically,
 )
 from nnssl_stc3d.transfer.differences import PlansReference, plans_of_checkpoint
+from nnssl_stc3d.transfer.trusted_plans import check_plans
 
 STOCK_TRAINER = "nnUNetTrainer"
 # Class names of networks that nnU-Net can build only where this package is installed.
@@ -279,6 +280,7 @@ def _check_stock_architecture(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    check_plans(reference.plans, file)
     plans = PlansManager(deepcopy(reference.plans))
     configuration = plans.get_configuration(reference.configuration)
     if configuration.network_arch_class_name.startswith(OUR_NETWORKS):
