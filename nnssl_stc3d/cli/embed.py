@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from nnssl_stc3d.evaluation.voxel_embeddings import embed_cases, load_embedder, sha256
     from nnssl_stc3d.training.preflight import check_configuration
     from nnssl_stc3d.transfer.checkpoint import load_checkpoint
+    from nnssl_stc3d.transfer.differences import PlansReference, describe_plans
     from nnssl_stc3d.transfer.export import find_checkpoints
 
     if args.width < 1:
@@ -62,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
     pretrained = [float(s) for s in _spacing(checkpoint)]
     if max(abs(a / b - 1) for a, b in zip(pretrained, (z, y, x))) > 0.1:
         print(f"WARNING: the checkpoint was pretrained at {pretrained} mm, these cases have {[z, y, x]} mm.")
+    there, here = (
+        describe_plans(PlansReference(content, name)).get("normalisation")
+        for content, name in ((checkpoint["plans"], checkpoint["configuration"]), (plans, args.configuration))
+    )
+    if there != here:
+        print(f"WARNING: the checkpoint was pretrained with the normalisation {there}, these cases have {here}.")
     record = EmbeddingRecord(
         plans=args.plans,
         configuration=args.configuration,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnssl_stc3d.prepare.plans import trainable_configuration
-from nnssl_stc3d.transfer.differences import PlansReference, describe_plans
+from nnssl_stc3d.transfer.differences import PlansReference, describe_plans, normalisation_words
 from nnssl_stc3d.views.samplers import least_volume
 
 NEEDED = ("patch_size", "spacing", "normalization_schemes", "architecture", "batch_size")
@@ -198,14 +198,6 @@ def _channel(index: int, reference: Side, own: Side, followed: Mapping[str, Any]
 
 def _entry(values: Sequence[Any] | None, index: int, default: Any) -> Any:
     return values[index] if values is not None and index < len(values) else default
-
-
-def normalisation_words(scheme: str, statistics: Mapping[str, float]) -> str:
-    """A channel's normalisation in words; the statistics matter for CT only."""
-    if scheme != "CTNormalization" or not {"mean", "std", "percentile_00_5", "percentile_99_5"} <= set(statistics):
-        return scheme
-    low, high = statistics["percentile_00_5"], statistics["percentile_99_5"]
-    return f"{scheme}: clip {low:.5g} to {high:.5g}, mean {statistics['mean']:.5g}, std {statistics['std']:.5g}"
 
 
 def _decisions(

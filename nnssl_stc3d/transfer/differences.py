@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -90,10 +91,36 @@ def describe_plans(reference: PlansReference) -> dict[str, Any]:
         "blocks": kwargs.get("eva_depth"),
         "patch size": resolved.get("patch_size"),
         "spacing (mm)": resolved.get("spacing"),
-        "normalisation": resolved.get("normalization_schemes"),
+        "normalisation": _normalisations(reference.plans, resolved),
         "transposition": reference.plans.get("transpose_forward"),
     }
     return {name: _normalised(value) for name, value in described.items() if value is not None}
+
+
+def _normalisations(plans: Mapping[str, Any], resolved: Mapping[str, Any]) -> list[str] | None:
+    """Words for each channel. Statistics are rounded, so that those of a few cases more or less are the same."""
+    schemes = resolved.get("normalization_schemes")
+    if schemes is None:
+        return None
+    statistics, masks = (
+        plans.get("foreground_intensity_properties_per_channel") or {},
+        resolved.get("use_mask_for_norm"),
+    )
+    return [
+        normalisation_words(scheme, statistics.get(str(channel), {}), 3)
+        + (" within the mask" if masks and channel < len(masks) and masks[channel] else "")
+        for channel, scheme in enumerate(schemes)
+    ]
+
+
+def normalisation_words(scheme: str, statistics: Mapping[str, float], digits: int = 5) -> str:
+    """A channel's normalisation in words; the statistics, with so many digits, matter for CT only."""
+    if scheme != "CTNormalization" or not {"mean", "std", "percentile_00_5", "percentile_99_5"} <= set(statistics):
+        return scheme
+    low, high, mean, std = (
+        f"{statistics[key]:.{digits}g}" for key in ("percentile_00_5", "percentile_99_5", "mean", "std")
+    )
+    return f"{scheme}: clip {low} to {high}, mean {mean}, std {std}"
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:

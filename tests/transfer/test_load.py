@@ -126,6 +126,23 @@ def test_spacing_normalisation_and_patch_size_are_warnings(
     assert report.commands[0] in text
 
 
+def test_other_intensities_of_ct_are_a_warning(tiny_plans, tiny_network, pretraining_checkpoint, configuration):
+    """The same scheme with the statistics of another dataset shows the network other values."""
+
+    def ct(mean, percentile):
+        plans = tiny_plans()
+        plans["configurations"][configuration]["normalization_schemes"] = ["CTNormalization"]
+        statistics = {"mean": mean, "std": 76.0, "percentile_00_5": percentile, "percentile_99_5": 270.0}
+        plans["foreground_intensity_properties_per_channel"] = {"0": statistics}
+        return plans
+
+    source, alike, other = ct(100.0, -958.0), ct(100.04, -958.2), ct(-600.0, -1020.0)
+    checkpoint = pretraining_checkpoint(source)
+    assert not load_pretrained(tiny_network(alike), checkpoint, alike, configuration).warnings
+    (warning,) = load_pretrained(tiny_network(other), checkpoint, other, configuration).warnings
+    assert "clip -958 to 270, mean 100, std 76" in str(warning) and "mean -600" in str(warning)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
