@@ -63,12 +63,12 @@ def run(args: argparse.Namespace) -> int:
     pretrained = [float(s) for s in _spacing(checkpoint)]
     if max(abs(a / b - 1) for a, b in zip(pretrained, (z, y, x))) > 0.1:
         print(f"WARNING: the checkpoint was pretrained at {pretrained} mm, these cases have {[z, y, x]} mm.")
-    there, here = (
-        describe_plans(PlansReference(content, name)).get("normalisation")
-        for content, name in ((checkpoint["plans"], checkpoint["configuration"]), (plans, args.configuration))
+    trained, given = (
+        describe_plans(PlansReference(*side)).get("normalisation")
+        for side in ((checkpoint["plans"], checkpoint["configuration"]), (plans, args.configuration))
     )
-    if there != here:
-        print(f"WARNING: the checkpoint was pretrained with the normalisation {there}, these cases have {here}.")
+    if trained != given:
+        print(f"WARNING: the checkpoint was pretrained with the normalisation {trained}, these cases have {given}.")
     record = EmbeddingRecord(
         plans=args.plans,
         configuration=args.configuration,

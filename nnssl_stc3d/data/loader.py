@@ -82,7 +82,8 @@ class ViewDataset(Dataset):
     def __getitem__(self, index: int) -> LoadedBatch:
         rng = self._rng(index)
         chosen = self._choose(rng)
-        samples = [self._sample(names, rng) for names in chosen]
+        # Sources can be whole volumes: one sample's at a time.
+        samples = [self._sample(names, rng)._replace(sources=[]) for names in chosen]
         specs = stack_specs([s.specs for s in samples])
         views = torch.stack([s.views for s in samples])
         targets = {name: torch.stack([s.targets[name] for s in samples]) for name in samples[0].targets}

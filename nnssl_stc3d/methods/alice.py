@@ -20,7 +20,7 @@ from nnssl_stc3d.losses.alice import (
     paired_cosine,
 )
 from nnssl_stc3d.methods.alice_config import AliceConfig
-from nnssl_stc3d.methods.base import EMBEDDINGS, PretrainMethod
+from nnssl_stc3d.methods.base import EMBEDDINGS, PretrainMethod, compile_in_place
 from nnssl_stc3d.modules.casa import CasaOfficial, CasaPaper
 from nnssl_stc3d.modules.dino_head import DinoHead
 from nnssl_stc3d.modules.ema import EMATeacher
@@ -142,8 +142,7 @@ class Alice(PretrainMethod):
     def compile_network(self) -> None:
         """See :meth:`PretrainMethod.compile_network`."""
         if is_primus(self.network):
-            for block in self.network.eva.blocks:
-                block.compile()
+            compile_in_place(*self.network.eva.blocks)
         else:
             super().compile_network()
 

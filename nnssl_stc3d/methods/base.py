@@ -21,6 +21,10 @@ EMBEDDINGS = "embeddings"
 ConfigT = TypeVar("ConfigT", bound="PretrainConfig")
 
 
+# Of one forward: the 24 blocks of Primus-L, in training and in evaluation, and some shapes of views.
+_COMPILED_VERSIONS = 128
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Hyperparameters that every method has. Defaults are those of STC3D's paper (A.3.2).
@@ -150,9 +154,7 @@ class PretrainMethod(nn.Module, ABC):
 
     def compile_network(self) -> None:
         """Compile in place, stage by stage: state-dict keys stay; losses with data-dependent shapes are left alone."""
-        self.network.encoder.compile()
-        for stage in self.network.decoder.stages:
-            stage.compile()
+        compile_in_place(self.network.encoder, *self.network.decoder.stages)
 
     def freeze_untrained(self) -> None:
         """Freeze what the method leaves untrained: DDP refuses parameters that get no gradient."""
@@ -197,6 +199,19 @@ class PretrainMethod(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Called after every optimiser step with the share of training that is done: EMA, temperatures."""
         del progress
+
+
+def compile_in_place(*modules: nn.Module) -> None:
+    """Compile modules of one kind, each for the shapes that it sees.
+
+    They share the code of one ``forward``, of which torch keeps 8 compiled versions and runs the others as they are:
+    too few for the stages of a decoder or the blocks of a transformer, each in training and in evaluation. With shapes
+    left open instead, all but the first stage would be slower.
+    """
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    setattr(torch._dynamo.config, limit, max(_COMPILED_VERSIONS, getattr(torch._dynamo.config, limit)))
+    for module in modules:
+        module.compile(dynamic=False)
 
 
 def default_view_shape(patch_size: Sequence[int], stride: Sequence[int], share: float = 0.5) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from nnssl_stc3d.methods.base import (
     PretrainMethod,
     ViewBatch,
     choices,
+    compile_in_place,
     not_negative,
     positive,
     three_positive,
@@ -180,10 +181,9 @@ class VoCo(PretrainMethod):
         """See :meth:`PretrainMethod.compile_network`: the teacher as well."""
         super().compile_network()
         if self.teacher is not None:
-            self.teacher.module["encoder"].compile()
+            compile_in_place(self.teacher.module["encoder"])
             if "decoder" in self.transfers:
-                for stage in self.teacher.module["decoder"].stages:
-                    stage.compile()
+                compile_in_place(*self.teacher.module["decoder"].stages)
 
     def after_step(self, progress: float) -> None:
         """Move the teacher: see :meth:`EMATeacher.update`."""

@@ -94,6 +94,13 @@ class FinetuneTrainer(nnUNetTrainer):
         )
         return optimizer, schedule
 
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """nnU-Net's; AdamW counts its steps on the CPU, where reading them does not wait for the GPU."""
+        super().load_checkpoint(filename_or_checkpoint)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].cpu()
+
     def on_train_epoch_start(self) -> None:
         """A frozen encoder keeps its normalisation's statistics, too."""
         super().on_train_epoch_start()

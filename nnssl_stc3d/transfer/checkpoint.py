@@ -168,24 +168,33 @@ def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
 def to_plain(value: Any) -> Any:
     """Replaces NumPy scalars and arrays by plain Python, and tensors by contiguous ones on the CPU.
 
+    nnU-Net's networks list a weight under up to four names. It stays one tensor, which ``torch.save`` writes once.
+
     Args:
         value: Nested dictionaries, lists, tuples, tensors and scalars.
 
     Returns:
         The same structure, which loads with ``torch.load(weights_only=True)`` and no further permissions.
     """
+    return _to_plain(value, {})
+
+
+def _to_plain(value: Any, known: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     if isinstance(value, dict):
-        return {to_plain(key): to_plain(item) for key, item in value.items()}
+        return {_to_plain(key, known): _to_plain(item, known) for key, item in value.items()}
     if isinstance(value, list):
-        return [to_plain(item) for item in value]
+        return [_to_plain(item, known) for item in value]
     if isinstance(value, tuple):
-        return tuple(to_plain(item) for item in value)
+        return tuple(_to_plain(item, known) for item in value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().contiguous()
+        same = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if same not in known:
+            known[same] = value.detach().cpu().contiguous()
+        return known[same]
     return value
 
 

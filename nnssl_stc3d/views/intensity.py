@@ -62,7 +62,8 @@ def seeded_globals(rng: np.random.Generator) -> Iterator[None]:
     seed = int(rng.integers(0, 2**32))
     numpy_state = np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the GPUs as well, whose state is not restored.
+        torch.default_generator.manual_seed(seed)
         np.random.seed(seed)
         try:
             yield

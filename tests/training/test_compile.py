@@ -9,9 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnssl_stc3d.methods.base import compile_in_place
+from nnssl_stc3d.modules.feature_pyramid import decoder_features
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.probe_trainer import ProbeTrainer
 
@@ -52,6 +55,26 @@ def test_pretraining(make_trainer, any_method_trainer, compiled):
     assert pretrained(trainer) == pytest.approx(expected, rel=1e-4)
     assert captured["stats"]["calls_captured"] > 0 and not captured["graph_break"]
     assert list(trainer.method.state_dict()) == names
+
+
+def test_networks_as_deep_as_real_ones_are_compiled_whole(compiled):
+    """Torch keeps 8 versions of a function by default, and runs what comes after uncompiled, without a word."""
+    depth, pooled = 7, 3
+    network = PlainConvUNet(
+        input_channels=1, n_stages=depth, features_per_stage=list(range(4, 4 + depth)), conv_op=nn.Conv3d,
+        strides=[[1, 1, 1], *[[2, 2, 2]] * pooled, *[[1, 1, 1]] * (depth - 1 - pooled)], kernel_sizes=3, num_classes=2,
+        n_conv_per_stage=1, n_conv_per_stage_decoder=1, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep_supervision=True,
+    )  # fmt: skip
+    images = torch.randn(2, 1, 16, 16, 16)
+    expected = [features.mean() for features in decoder_features(network.decoder, network.encoder(images))]
+    captured = compiled()
+    compile_in_place(network.encoder, *network.decoder.stages)
+    for training in (True, False):
+        network.train(training)
+        found = [features.mean() for features in decoder_features(network.decoder, network.encoder(images))]
+        torch.testing.assert_close(found, expected)
+    # The encoder and each stage of the decoder, in both modes.
+    assert captured["stats"]["unique_graphs"] == 2 * depth
 
 
 class FrozenStart(FinetuneTrainer):

@@ -59,6 +59,7 @@ def test_a_checkpoint_of_the_gpu_continues_on_the_cpu(make_trainer, any_method_t
 
 
 def test_a_compiled_network_trains_and_keeps_its_names(make_trainer, any_method_trainer, monkeypatch):
+    monkeypatch.setenv("nnUNet_compile", "0")
     names = set(trained(make_trainer(any_method_trainer, device=DEVICE), 0)[0].method.state_dict())
     monkeypatch.setenv("nnUNet_compile", "1")
     trainer, losses = trained(make_trainer(any_method_trainer, device=DEVICE), 2)

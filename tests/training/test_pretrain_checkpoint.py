@@ -73,6 +73,18 @@ def test_weights_lie_with_channels_last_on_the_cpu_and_contiguous_in_the_file(ma
     assert saved.is_contiguous() and torch.equal(saved, weight)
 
 
+def test_a_weight_with_several_names_is_written_once(make_trainer, tmp_path):
+    """nnU-Net's decoder holds the encoder, and its blocks hold each layer twice."""
+    trainer = make_trainer()
+    trainer.initialize()
+    weights = collect_state(trainer, 0)["network_weights"]
+    assert len(weights) > len({value.data_ptr() for value in weights.values()})
+    torch.save(weights, tmp_path / "weights.pth")
+    once = sum(parameter.numel() * 4 for parameter in trainer.method.network.parameters())
+    assert (tmp_path / "weights.pth").stat().st_size < once + 400 * len(weights)
+    assert sum(value.numel() * 4 for value in weights.values()) > 1.5 * once
+
+
 def test_continuing_gives_the_dropout_that_would_have_come(make_trainer, tiny_plans):
     """The loader is made after torch's random state was restored and must not change it."""
     plans = tiny_plans(dropout_op="torch.nn.Dropout3d", dropout_op_kwargs={"p": 0.2})

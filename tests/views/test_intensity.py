@@ -80,6 +80,15 @@ def test_global_random_states_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), torch_state) and np.array_equal(np.random.get_state()[1], numpy_state)
 
 
+def test_gpus_are_not_seeded(monkeypatch):
+    """Their states are not restored, and a continued training has set them."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    with seeded_globals(np.random.default_rng(0)):
+        drawn = torch.rand(3)
+    with seeded_globals(np.random.default_rng(0)):
+        assert torch.equal(torch.rand(3), drawn)
+
+
 def test_global_random_states_are_restored_after_an_error():
     np.random.seed(1)
     numpy_state = np.random.get_state()[1].copy()
