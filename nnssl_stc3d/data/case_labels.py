@@ -14,8 +14,8 @@ LABELS_FILE = "classification.csv"
 N_FOLDS = 5
 
 _EXPECTED = (
-    "the labels, a CSV file with the columns case (as in imagesTr, without channel and ending) and label, and if you "
-    "like patient, and fold (0, 1, ..: where the case is validated) or split (train, val, test)"
+    "a CSV file with the columns case (as in imagesTr, without channel and ending) and label, and if you like patient, "
+    "and fold (0, 1, ..: where the case is validated) or split (train, val, test)"
 )
 
 

@@ -29,7 +29,7 @@ def read_case_table(
         ValueError: for anything that is missing, unknown or given twice.
     """
     if not file.is_file():
-        raise ValueError(f"Expected {expected} in {file}. There is no such file; write it.")
+        raise ValueError(f"Expected the table {file}, {expected}. There is no such file; write it.")
     with open(file, encoding="utf-8-sig", newline="") as opened:
         header = opened.readline()
         opened.seek(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import blosc2
@@ -69,13 +70,11 @@ class CaseDataset:
         (z0, y0, x0), (z1, y1, x1) = box
         image = np.asarray(self.open(identifier)[:, z0:z1, y0:y1, x0:x1], dtype=np.float32)
         if not np.isfinite(image).all():
-            raise ValueError(_unusable([f"{identifier} holds NaN or infinite values"]))
+            refuse([f"{identifier} holds NaN or infinite values"])
         return image
 
     def check(self, view_shape: Sequence[int], progress: bool = True) -> None:
         """Look at all cases before anything long starts.
-
-        Up to 2 GiB of data are read in full, larger data sets in the three central planes of every case.
 
         Args:
             view_shape: ``(Z, Y, X)`` of the views that will be drawn.
@@ -84,31 +83,54 @@ class CaseDataset:
         Raises:
             ValueError: naming every case that is too small, not finite or constant.
         """
-        arrays = {i: self.open(i) for i in self.identifiers}
-        full = sum(a.nbytes for a in arrays.values()) <= _FULL_CHECK_BYTES
-        problems = []
-        for identifier, array in tqdm(arrays.items(), desc="checking cases", disable=not progress, leave=False):
-            try:
-                check_volume(array.shape[1:], view_shape)
-            except ValueError as error:
-                problems.append(f"{identifier}: {error}")
-                continue
-            z, y, x = (n // 2 for n in array.shape[1:])
-            parts = [array[:]] if full else [array[:, z], array[:, :, y], array[:, :, :, x]]
-            if not all(np.isfinite(p).all() for p in parts):
-                problems.append(f"{identifier} holds NaN or infinite values")
-            elif all(float(np.ptp(p)) == 0 for p in parts):
-                problems.append(f"{identifier} is constant")
-        if problems:
-            raise ValueError(_unusable(problems))
+        refuse(self.problems(view_shape, progress))
+
+    def problems(
+        self, view_shape: Sequence[int], progress: bool = True, workers: int = 1, share: tuple[int, int] = (0, 1)
+    ) -> list[str]:
+        """What is wrong with cases, for :func:`refuse`.
+
+        Up to 2 GiB of data are read in full, larger data sets in the three central planes of every case.
+
+        Args:
+            view_shape: ``(Z, Y, X)`` of the views that will be drawn.
+            progress: show a bar.
+            workers: cases to look at in parallel.
+            share: (rank, ranks); a rank looks at its own share of the cases.
+        """
+        rank, ranks = share
+        mine = self.identifiers[rank::ranks]
+        full = sum(self.open(i).nbytes for i in self.identifiers) <= _FULL_CHECK_BYTES
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            found = pool.map(lambda identifier: self._problem(identifier, view_shape, full), mine)
+            return [p for p in tqdm(found, "checking cases", len(mine), disable=not progress, leave=False) if p]
+
+    def _problem(self, identifier: str, view_shape: Sequence[int], full: bool) -> str | None:
+        array = self.open(identifier)
+        try:
+            check_volume(array.shape[1:], view_shape)
+        except ValueError as error:
+            return f"{identifier}: {error}"
+        z, y, x = (n // 2 for n in array.shape[1:])
+        parts = [array[:]] if full else [array[:, z], array[:, :, y], array[:, :, :, x]]
+        if not all(np.isfinite(p).all() for p in parts):
+            return f"{identifier} holds NaN or infinite values"
+        return f"{identifier} is constant" if all(float(np.ptp(p)) == 0 for p in parts) else None
 
     def _path(self, identifier: str) -> Path:
         return self.folder / f"{identifier}{_EXTENSION}"
 
 
-def _unusable(problems: Sequence[str]) -> str:
+def refuse(problems: Sequence[str]) -> None:
+    """Stops if there are problems.
+
+    Raises:
+        ValueError: with all of them, and what to do.
+    """
+    if not problems:
+        return
     listed = "\n  ".join(problems)
-    return (
+    raise ValueError(
         f"{len(problems)} case(s) cannot be used for pretraining:\n  {listed}\n"
         "Repair them and preprocess again, or leave them out: remove their files (CASE.b2nd, CASE_seg.b2nd, CASE.pkl) "
         "from the folder of the preprocessed cases and train fold all."

@@ -25,6 +25,8 @@ from nnssl_stc3d.training.classification_metrics import classification_metrics, 
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
 from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.preflight import check_configuration, check_environment
+from nnssl_stc3d.training.ranks import from_all_ranks, rank_and_ranks
+from nnssl_stc3d.transfer.adaptation_plan import unwrap
 from nnssl_stc3d.transfer.checkpoint import write_atomically
 
 RECORD = "classification"
@@ -135,10 +137,7 @@ class ClassifyTrainer(FinetuneTrainer):
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Log loss and balanced accuracy of the patches."""
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, val_outputs)
-            val_outputs = [output for rank in gathered for output in rank]
+        val_outputs = from_all_ranks(self, val_outputs)
         truth, probabilities = (np.concatenate([o[key] for o in val_outputs]) for key in ("truth", "probabilities"))
         metrics = classification_metrics(truth.tolist(), probabilities, self.labels.classes)
         self.logger.log("val_losses", float(np.mean([o["loss"] for o in val_outputs])), self.current_epoch)
@@ -171,16 +170,9 @@ class ClassifyTrainer(FinetuneTrainer):
         """
         del save_probabilities
         _, cases = self.do_split()
+        logits = self._classify(cases)
         if self.local_rank == 0:
-            self.network.eval()
-            dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
-            window = self.configuration_manager.patch_size
-            logits = []
-            for case in cases:
-                self.print_to_log_file(f"classifying {case}")
-                volume = torch.from_numpy(np.array(dataset.load_case(case)[0][:], dtype=np.float32))
-                logits.append(classify_volume(self.network, volume, window, self.device))
-            probabilities = torch.stack(logits).softmax(1).numpy()
+            probabilities = torch.stack([logits[case] for case in cases]).softmax(1).numpy()
             truth = self._classes_of(cases).tolist()
             metrics = classification_metrics(truth, probabilities, self.labels.classes)
             folder = Path(self.output_folder) / "validation"
@@ -194,6 +186,23 @@ class ClassifyTrainer(FinetuneTrainer):
                 self.logger.log_summary(f"final_val/{key}", metrics[key])
         if self.is_ddp:
             dist.barrier()
+
+    def _classify(self, cases: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Logits of whole cases. Each rank takes its share, and waits for the others after every case."""
+        # Without DDP's wrapper, whose forward may be one of all ranks.
+        network = unwrap(self.network).eval()
+        dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
+        window = self.configuration_manager.patch_size
+        rank, ranks = rank_and_ranks(self)
+        logits = []
+        for first in range(0, len(cases), ranks):
+            for case in cases[first : first + ranks][rank : rank + 1]:
+                self.print_to_log_file(f"classifying {case}")
+                volume = torch.from_numpy(np.array(dataset.load_case(case)[0][:], dtype=np.float32))
+                logits.append((case, classify_volume(network, volume, window, self.device)))
+            if self.is_ddp:
+                dist.barrier()
+        return dict(from_all_ranks(self, logits))
 
 
 def build_classifier(

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnssl_stc3d.data.body import BodyRule
-from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.data.dataset import CaseDataset, refuse
 from nnssl_stc3d.data.embeddings import embedded_guides
 from nnssl_stc3d.data.guides import body_guides
 from nnssl_stc3d.data.loader import LoadedBatch, ViewDataset, batches, endless
@@ -30,6 +30,7 @@ from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.monitors import collapse_monitors
 from nnssl_stc3d.training.online_probe import online_interval, probe_online
 from nnssl_stc3d.training.preflight import check_configuration, check_environment
+from nnssl_stc3d.training.ranks import from_all_ranks, rank_and_ranks
 from nnssl_stc3d.training.schedule import WarmupSchedule
 from nnssl_stc3d.training.state import collect_state, restore_state
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint, save_checkpoint_atomically
@@ -199,8 +200,11 @@ class PretrainTrainer(nnUNetTrainer):
             self.config, self.configuration_manager.patch_size, self.configuration_manager.spacing
         )
         used = sorted({*training_keys, *validation_keys})
-        if self.local_rank == 0:
-            CaseDataset(self.preprocessed_dataset_folder, used).check(sampler.view_shape)
+        # Each rank its share: one alone would keep the others waiting for longer than collectives may take.
+        problems = CaseDataset(self.preprocessed_dataset_folder, used).problems(
+            sampler.view_shape, self.local_rank == 0, get_allowed_n_proc_DA(), rank_and_ranks(self)
+        )
+        refuse(from_all_ranks(self, problems))
         guides = self._guides(sampler, used) if sampler.guided else None
         training, validation = (
             ViewDataset(
@@ -222,7 +226,7 @@ class PretrainTrainer(nnUNetTrainer):
             BodyRule.of_plan(self.plans_manager.plans, self.configuration_manager.configuration),
             self.print_to_log_file,
             get_allowed_n_proc_DA(),
-            (self.local_rank, dist.get_world_size() if self.is_ddp else 1),
+            rank_and_ranks(self),
             progress=self.local_rank == 0,
         )
         if not sampler.wants_features:
@@ -310,10 +314,7 @@ class PretrainTrainer(nnUNetTrainer):
         probe_online(self)
 
     def _log_terms(self, split: str, outputs: list[dict[str, float]]) -> None:
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, outputs)
-            outputs = [o for rank in gathered for o in rank]
+        outputs = from_all_ranks(self, outputs)
         for name in outputs[0]:
             key = f"{split}_losses" if name == "loss" else f"{split}_{name}"
             self.logger.log(key, float(np.mean([o[name] for o in outputs])), self.current_epoch)

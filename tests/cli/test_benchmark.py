@@ -78,7 +78,7 @@ def test_a_split_of_ones_own(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--split", "no.csv"], "a CSV file with the columns case .* in no.csv. There is no such file"),
+        (["--split", "no.csv"], "the table no.csv, a CSV file with the columns case .* There is no such file"),
         (["--pretrain-dataset", "4"], "leave --pretrain-dataset out"),
         (["--labels", "8"], "expected 1 to 7 labelled cases"),
         (["--finetuning-steps", "25"], "must be a multiple of 10"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from nnssl_stc3d.methods.voco import VoCo, VoCoConfig
 from nnssl_stc3d.methods.vox2vec import Vox2Vec, Vox2VecConfig
 from nnssl_stc3d.modules.fpn import VoxelFPN
 from nnssl_stc3d.modules.primus import PlansPrimus
+from nnssl_stc3d.training.classify_trainer import ClassifyTrainer
+from nnssl_stc3d.training.ranks import from_all_ranks
 from nnssl_stc3d.views.guide import Guide
 
 PATCH = (16, 16, 16)
@@ -121,10 +124,49 @@ def train(method_class: Any, config: Any, network: nn.Module) -> dict[str, Any]:
     }
 
 
+class Classifier:
+    """What a classification of whole cases needs of its trainer."""
+
+    is_ddp = True
+    device = torch.device("cpu")
+    preprocessed_dataset_folder = ""
+    configuration_manager = SimpleNamespace(patch_size=PATCH)
+
+    def __init__(self) -> None:
+        self.local_rank = dist.get_rank()
+        # BatchNorm's statistics are what the wrapper would send to the other ranks before each of its passes.
+        network = nn.Sequential(nn.Conv3d(1, 3, 3), nn.BatchNorm3d(3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+        self.network = DistributedDataParallel(network)
+        self.classified: list[str] = []
+
+    def dataset_class(self, folder: str, cases: list[str]) -> Any:
+        def load_case(case: str) -> tuple[np.ndarray]:
+            self.classified.append(case)
+            return (np.full((1, *PATCH), float(case), np.float32),)
+
+        return SimpleNamespace(load_case=load_case)
+
+    def print_to_log_file(self, *_: object) -> None:
+        pass
+
+
+def classify() -> dict[str, Any]:
+    """An odd number of cases, of which both ranks know all logits in the end."""
+    torch.manual_seed(0)
+    trainer = Classifier()
+    logits = ClassifyTrainer._classify(trainer, ["1", "2", "3"])
+    expected = trainer.network.module.eval()(torch.full((1, 1, *PATCH), 3.0))[0]
+    return {
+        "cases": from_all_ranks(trainer, [trainer.classified]),
+        "logits": from_all_ranks(trainer, [{case: value.tolist() for case, value in logits.items()}]),
+        "third": expected.tolist(),
+    }
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {}
+    results: dict[str, Any] = {"classification": classify()}
     for name, (method_class, config, network) in RUNS.items():
         torch.manual_seed(0)
         results[name] = train(method_class, config, network())

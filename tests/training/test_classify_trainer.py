@@ -128,7 +128,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_smoothed_validation_loss(m
 
 
 def test_labels_are_checked_before_anything_is_made(make_trainer, nnunet, tmp_path):
-    with pytest.raises(ValueError, match="Expected the labels in .*classification.csv, a CSV file with the columns"):
+    with pytest.raises(ValueError, match="Expected the table .*classification.csv, a CSV file with the columns"):
         make_trainer(Short, fold=0)
     (nnunet.parent / "classification.csv").write_text("case,label\ncase_0,a\ncase_9,b\n")
     with pytest.raises(ValueError, match="not in the data, such as case_9"):

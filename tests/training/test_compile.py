@@ -63,7 +63,8 @@ def test_networks_as_deep_as_real_ones_are_compiled_whole(compiled):
     network = PlainConvUNet(
         input_channels=1, n_stages=depth, features_per_stage=list(range(4, 4 + depth)), conv_op=nn.Conv3d,
         strides=[[1, 1, 1], *[[2, 2, 2]] * pooled, *[[1, 1, 1]] * (depth - 1 - pooled)], kernel_sizes=3, num_classes=2,
-        n_conv_per_stage=1, n_conv_per_stage_decoder=1, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU, deep_supervision=True,
+        n_conv_per_stage=1, n_conv_per_stage_decoder=1, norm_op=nn.InstanceNorm3d, nonlin=nn.LeakyReLU,
+        deep_supervision=True,
     )  # fmt: skip
     images = torch.randn(2, 1, 16, 16, 16)
     expected = [features.mean() for features in decoder_features(network.decoder, network.encoder(images))]

@@ -44,4 +44,13 @@ def test_two_processes_train_one_network(results, method):
 
 
 def test_every_method_is_here(results):
-    assert set(results) == set(METHODS)
+    assert set(results) == {*METHODS, "classification"}
+
+
+def test_ranks_share_the_cases_that_are_classified(results):
+    """One rank alone would keep the others waiting for longer than a collective may take."""
+    found = results["classification"]
+    assert found["cases"] == [["1", "3"], ["2"]]
+    first, second = found["logits"]
+    assert first == second and set(first) == {"1", "2", "3"}
+    assert first["3"] == pytest.approx(found["third"], rel=1e-5)
