@@ -12,8 +12,8 @@ import numpy as np
 UNKNOWN = -1
 """Where nobody has labelled anything; such a voxel may be of any structure."""
 
-# Of labels that are no anatomy: prepare writes body masks of unlabelled scans under this name.
-_NO_ANATOMY = ("ignore", "body")
+# Prepare writes body masks of unlabelled scans under this name; a pancreas has a body beside head and tail.
+_BODY_MASK = {"body"}
 
 
 def label_file(folder: str | Path, identifier: str) -> Path:
@@ -24,7 +24,9 @@ def label_file(folder: str | Path, identifier: str) -> Path:
 def read_structures(
     folder: str | Path, identifier: str, values: Collection[int], ignored: int | None = None
 ) -> np.ndarray:
-    """Structures of a case, ``(Z, Y, X)`` int64: a value of ``values``, 0 for everything else, or :data:`UNKNOWN`.
+    """Structures of a case, ``(Z, Y, X)``: a value of ``values``, 0 for everything else, or :data:`UNKNOWN`.
+
+    They are int8, or int16 if values need it: several large label maps may be in memory.
 
     Args:
         folder: of the preprocessed cases.
@@ -33,8 +35,12 @@ def read_structures(
         ignored: value of the voxels that nobody has labelled, if there are such.
     """
     labels = np.asarray(blosc2.open(str(label_file(folder, identifier)), mode="r", dparams={"nthreads": 1})[0])
-    known = np.where(np.isin(labels, list(values)), labels, 0).astype(np.int64)
-    return known if ignored is None else np.where(labels == ignored, UNKNOWN, known)
+    kind = np.int8 if max(values, default=0) <= np.iinfo(np.int8).max else np.int16
+    known = labels.astype(kind)
+    known[~np.isin(labels, list(values))] = 0
+    if ignored is not None:
+        known[labels == ignored] = UNKNOWN
+    return known
 
 
 def ignored_value(dataset_json: Mapping[str, Any]) -> int | None:
@@ -52,6 +58,8 @@ def anatomical_labels(dataset_json: Mapping[str, Any]) -> dict[int, str]:
         values = list(values) if isinstance(values, (list, tuple)) else [values]
         for value in values:
             size = found.get(int(value), (len(values) + 1, ""))[0]
-            if int(value) > 0 and name not in _NO_ANATOMY and len(values) < size:
+            if int(value) > 0 and name != "ignore" and len(values) < size:
                 found[int(value)] = (len(values), name)
+    if {name for _, name in found.values()} == _BODY_MASK:
+        return {}
     return {value: name for value, (_, name) in sorted(found.items())}

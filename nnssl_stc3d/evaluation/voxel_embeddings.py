@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,13 @@ class VoxelEmbedder:
         self.window = tuple(window)
         self.device = device
 
-    def calibrate(self, volumes: Sequence[np.ndarray], grids: Sequence[Sequence[int]], width: int) -> float:
+    def calibrate(
+        self,
+        volumes: Iterable[np.ndarray],
+        grids: Sequence[Sequence[int]],
+        width: int,
+        bodies: Sequence[np.ndarray] | None = None,
+    ) -> float:
         """Fix the head's normalisation, and the directions that are kept, to points of some volumes.
 
         Args:
@@ -74,13 +80,20 @@ class VoxelEmbedder:
             grids: cells along each axis of each volume.
             width: of the maps; narrower ones than the method's embeddings keep their principal directions, so that
                 cosines change as little as possible.
+            bodies: masks of the cells that points are taken from; None takes them from all.
 
         Returns:
             Share of the embeddings' energy that the width keeps.
         """
         rng, rows = np.random.default_rng(0), []
-        for volume, grid in zip(volumes, grids):
-            found = torch.cat([descriptors for _, descriptors in self._descriptors(volume, grid)])
+        for index, (volume, grid) in enumerate(zip(volumes, grids)):
+            inside = np.ones(grid, bool) if bodies is None else bodies[index]
+            found = torch.cat(
+                [
+                    descriptors[torch.from_numpy(inside[cells].ravel()).to(descriptors.device)]
+                    for cells, descriptors in self._descriptors(volume, grid)
+                ]
+            )
             rows.append(found[torch.from_numpy(rng.permutation(len(found))[:_CALIBRATION_POINTS]).to(found.device)])
         points = torch.cat(rows)
         self.head = calibrated(self.head, points)

@@ -120,8 +120,10 @@ def read_points(
     rng = np.random.default_rng([seed, 0])
     labels = read_structures(dataset.folder, case, values, ignored)
     shape = np.array(labels.shape)
-    inside = np.argwhere(labels > 0)
-    middle = inside[rng.integers(len(inside))] if len(inside) else shape // 2
+    inside = np.flatnonzero(labels > 0)
+    middle = shape // 2
+    if len(inside):
+        middle = np.array(np.unravel_index(inside[rng.integers(len(inside))], labels.shape))
     start = np.clip(middle - np.array(window) // 2, 0, np.maximum(shape - window, 0))
     stop = np.minimum(start + window, shape)
     (z0, y0, x0), (z1, y1, x1) = start.tolist(), stop.tolist()

@@ -118,7 +118,7 @@ def load_pretrained(
         checkpoint, name = checkpoint_or_path, IN_MEMORY
     else:
         checkpoint, name = load_checkpoint(checkpoint_or_path), os.fspath(checkpoint_or_path)
-    weights = {_without_prefix(key): value for key, value in checkpoint["network_weights"].items()}
+    weights = network_weights(checkpoint)
     groups = tensor_groups(network)
     parts = _transferred_parts(checkpoint, network, reads)
     target = PlansReference(target_plans, target_configuration) if target_plans and target_configuration else None
@@ -207,12 +207,26 @@ def use_reporting_loader(
     return load
 
 
+# Where probes and classifiers hold the U-Net.
+_BACKBONE = "backbone."
 # The script is a module for the console command, and the main module for `python -m nnunetv2.run.run_training`.
 _TRAINING_MODULES = ("nnunetv2.run.run_training", "__main__", "__mp_main__")
 
 
 def _is_training_script(module: Any) -> bool:
     return callable(getattr(module, LOADER_NAME, None)) and hasattr(module, "maybe_load_checkpoint")
+
+
+def network_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint's U-Net by its own names, without wrappers and the head of a probe or classifier."""
+    weights = {_without_prefix(key): value for key, value in checkpoint["network_weights"].items()}
+    if not _has_backbone(checkpoint):
+        return weights
+    return {key.removeprefix(_BACKBONE): value for key, value in weights.items() if key.startswith(_BACKBONE)}
+
+
+def _has_backbone(checkpoint: dict[str, Any]) -> bool:
+    return any(_without_prefix(key).startswith(_BACKBONE) for key in checkpoint["network_weights"])
 
 
 def _without_prefix(key: str) -> str:
@@ -226,7 +240,9 @@ def _transferred_parts(
     existing = tuple(name for name, _ in network.named_children())
     method = checkpoint.get("method")
     if not isinstance(method, dict):
-        return existing
+        carried = {key.split(".")[0] for key in network_weights(checkpoint)}
+        # A classifier has no decoder. Of others everything is expected.
+        return tuple(name for name in existing if name in carried) if _has_backbone(checkpoint) else existing
     parts = tuple(method["transfers"])
     if reads is not None:
         if set(reads) - set(parts):

@@ -113,6 +113,28 @@ def test_fewer_directions_keep_the_cosines():
     assert 0.98 < kept <= 1 and np.abs(full.T @ full - few.T @ few).max() < 0.1
 
 
+def test_air_does_not_decide_what_no_similarity_is():
+    """Scaled over the body alone, unrelated places of it have cosines about 0, however much air there is."""
+    rng = np.random.default_rng(0)
+    body = np.zeros((6, 6, 6), bool)
+    body[:3, :4] = True
+    inside = np.kron(body, np.ones((2, 2, 2), bool))
+    volume = np.where(inside, rng.normal(5, 1, (6, 12, 12, 12)), 0.1 * rng.normal(size=(6, 12, 12, 12))).astype(
+        np.float32
+    )
+
+    class Scaled(SeesPositions):
+        voxel_head = nn.BatchNorm1d(12, affine=False, track_running_stats=False)
+
+    def mean_cosine(bodies):
+        embedder = VoxelEmbedder(Scaled(), (16, 16, 16), CPU)
+        embedder.calibrate([volume], [(6, 6, 6)], 12, bodies)
+        vectors = embedder(volume, (6, 6, 6)).astype(np.float32)[:, body]
+        return float((vectors.T @ vectors).mean())
+
+    assert abs(mean_cosine([body])) < 0.05 < 0.3 < mean_cosine(None)
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from nnssl_stc3d.modules.classifier import ClassifierNetwork
 from nnssl_stc3d.transfer.checkpoint import save_checkpoint_atomically
 from nnssl_stc3d.transfer.load import TransferReport, load_pretrained, tensor_groups, use_reporting_loader
 
@@ -124,6 +125,28 @@ def test_spacing_normalisation_and_patch_size_are_warnings(
     # The datasets are the same, so the pretraining's plans only have to be named.
     assert report.commands[0].startswith("nnUNetv2_train 801 3d_fullres FOLD -p nnUNetPlans ")
     assert report.commands[0] in text
+
+
+def test_networks_with_a_head_of_their_own_can_be_started_from(tiny_plans, tiny_network, configuration):
+    """A classifier, whose U-Net has no decoder, and a probe."""
+    plans = tiny_plans()
+
+    def saved(weights):
+        content = {"plans": plans, "configuration": configuration, "fold": 0}
+        return {"network_weights": weights, "init_args": content, "trainer_name": "STC3DClassifyTrainer"}
+
+    source = tiny_network(plans)
+    encoder = {key: value.clone() for key, value in source.encoder.state_dict().items()}
+    classifier = saved(ClassifierNetwork(copy.deepcopy(source), 3).state_dict())
+    for target in (tiny_network(plans), ClassifierNetwork(tiny_network(plans), 4)):
+        report = load_pretrained(target, classifier, plans, configuration)
+        assert report.parts == ("encoder",)
+        state = getattr(target, "backbone", target).encoder.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in encoder.items())
+    probe = {f"backbone.{key}": value for key, value in source.state_dict().items()} | {"head.weight": torch.ones(2)}
+    target = tiny_network(plans)
+    assert load_pretrained(target, saved(probe), plans, configuration).parts == ("encoder", "decoder")
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in target.state_dict().items() if ".seg_" not in k)
 
 
 def test_other_intensities_of_ct_are_a_warning(tiny_plans, tiny_network, pretraining_checkpoint, configuration):

@@ -17,6 +17,8 @@ from nnssl_stc3d.views.guide import Guide
 
 # A map has about this many cells along the longest axis of the largest case.
 _CELLS_ALONG = 64
+# That the middle of a structure is looked for among.
+_MOST_VOXELS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class InspectedCases:
         cell_mm: size of the grid's cells, about.
         label_names: value -> name, without the background; empty if nothing is labelled.
         ignored: value of voxels that nobody has labelled.
+        axes: axis of the preprocessed arrays that each axis (z, y, x) of the scans has become.
     """
 
     images: CaseDataset
@@ -121,6 +124,7 @@ class InspectedCases:
     cell_mm: float
     label_names: dict[int, str] = field(default_factory=dict)
     ignored: int | None = None
+    axes: tuple[int, int, int] = (0, 1, 2)
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -131,6 +135,25 @@ class InspectedCases:
         """The image of a case, ``(C, Z, Y, X)`` float32."""
         z, y, x = self.images.shape(name)
         return self.images.read(name, ((0, 0, 0), (z, y, x)))
+
+    def in_scan(self, values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+        """A point, or sizes, along the axes of the scan instead of those of the array."""
+        z, y, x = (float(values[axis]) for axis in self.axes)
+        return z, y, x
+
+    def axial(self, volume: np.ndarray, layer: float) -> np.ndarray:
+        """The axial slice ``(Y, X)`` of the scan in a volume ``(Z, Y, X)``."""
+        return self._turned(volume[self._layer(layer)])
+
+    def axial_image(self, name: str, layer: float) -> np.ndarray:
+        """The same of the first channel of a case, of which no more is read."""
+        return self._turned(np.asarray(self.images.open(name)[(0,) + self._layer(layer)]))
+
+    def _layer(self, layer: float) -> tuple[slice | int, ...]:
+        return tuple(round(float(layer)) if axis == self.axes[0] else slice(None) for axis in range(3))
+
+    def _turned(self, cut: np.ndarray) -> np.ndarray:
+        return cut if self.axes[1] < self.axes[2] else cut.T
 
     def grid(self, name: str) -> tuple[int, int, int]:
         """Cells along each axis of a case."""
@@ -173,7 +196,10 @@ def default_reference(guide: Guide, labels: np.ndarray | None, names: Mapping[in
     sizes = {} if labels is None else {value: int((labels == value).sum()) for value in names}
     largest = max(sizes, key=lambda value: sizes[value], default=0)
     if labels is not None and sizes.get(largest):
-        voxels = np.argwhere(labels == largest)
+        flat = np.flatnonzero(labels == largest)
+        # A large organ of a CT has tens of millions.
+        flat = flat[:: -(-len(flat) // _MOST_VOXELS)]
+        voxels = np.stack(np.unravel_index(flat, labels.shape), axis=1)
         return _most_central(voxels).astype(float), f"the middle of {names[largest]}, its largest structure"
     place = (_most_central(np.argwhere(guide.body)) + 0.5) * np.asarray(guide.cell) - 0.5
     return place, "the middle of the body"

@@ -165,7 +165,10 @@ def _cases(
     if not all(label_file(folder, name).is_file() for name in chosen.identifiers):
         labels = {}
     cell = options.cell_mm or default_cell([images.shape(i) for i in chosen.identifiers], rule.spacing)
-    return chosen, InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored_value(dataset_json))
+    forward = list(request.plans["transpose_forward"])
+    z, y, x = (forward.index(axis) for axis in range(3))
+    ignored = ignored_value(dataset_json)
+    return chosen, InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored, (z, y, x))
 
 
 def _about(

@@ -16,7 +16,7 @@ from nnssl_stc3d.methods.base import check_view_shape, default_view_shape
 from nnssl_stc3d.modules.feature_pyramid import check_unet, decoder_features, encoder_channels, total_stride
 from nnssl_stc3d.modules.heads import pooled_descriptor
 from nnssl_stc3d.transfer.differences import PlansReference, describe_plans, plans_of_checkpoint
-from nnssl_stc3d.transfer.load import load_pretrained
+from nnssl_stc3d.transfer.load import load_pretrained, network_weights
 
 SCRATCH = "scratch"
 """How the untrained network is called."""
@@ -211,9 +211,12 @@ def _dataset_json(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trained(checkpoint: dict[str, Any]) -> tuple[str, ...]:
-    """Parts of the network that were trained; a segmentation trains all."""
+    """Parts of the network that were trained; a segmentation trains all, a classifier has no decoder."""
     method = checkpoint.get("method")
-    return tuple(method["transfers"]) if isinstance(method, dict) else ("encoder", "decoder")
+    if isinstance(method, dict):
+        return tuple(method["transfers"])
+    carried = {key.split(".")[0] for key in network_weights(checkpoint)}
+    return tuple(part for part in ("encoder", "decoder") if part in carried)
 
 
 def _channels(reference: PlansReference, dataset_json: dict[str, Any]) -> int | None:

@@ -23,7 +23,7 @@ def similarity_figure(
     """The case in three planes, then for each network the similarity map and the PCA coloured by distance.
 
     Args:
-        image: ``(Z, Y, X)`` of the case.
+        image: ``(Z, Y, X)`` of the case, with the axes of the scan.
         voxel: ``(3,)`` the reference.
         spacing: mm per voxel, (z, y, x).
         found: of each network.
@@ -163,7 +163,7 @@ def _cut(cells: np.ndarray, normal: int, voxel: np.ndarray, shape: Sequence[int]
 
 
 def _orient(axis: Axes, normal: int) -> None:
-    """Upright: the first axis of the array runs to the head."""
+    """Upright: the first axis of the scan runs to the head."""
     low, high = sorted(axis.get_ylim())
     axis.set_ylim((low, high) if normal else (high, low))
 

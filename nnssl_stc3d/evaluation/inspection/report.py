@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -122,7 +122,11 @@ def _invariance(found: Inspection, cases: InspectedCases) -> _Part:
 
 def _similarity(found: Inspection, cases: InspectedCases) -> _Part:
     case, voxel = found.reference
-    png = similarity_figure(cases.volume(case)[0], voxel, cases.spacing, found.similarity)
+    upright = {
+        name: replace(result, cosines=result.cosines.transpose(cases.axes)) for name, result in found.similarity.items()
+    }
+    image = cases.volume(case)[0].transpose(cases.axes)
+    png = similarity_figure(image, np.array(cases.in_scan(voxel)), cases.in_scan(cases.spacing), upright)
     rows = [[name, f"{s.correlation:.2f}", f"{found.kept[name]:.1%}"] for name, s in found.similarity.items()]
     note = (
         f"Cosine of the voxel embedding at the cross ({_where(voxel, cases)} of {case}: {found.why}) and of every "
@@ -164,28 +168,27 @@ def _voxels(found: Inspection, cases: InspectedCases) -> _Part:
 def _neighbours(found: Inspection, cases: InspectedCases) -> _Part:
     case, voxel = found.reference
     others = list(dict.fromkeys(place.case for place in next(iter(found.places.values()))))[:_CASES_SHOWN]
-    images = {name: cases.volume(name)[0] for name in (case, *others)}
     wanted = _label_at(found.labels.get(case), voxel)
     slices: dict[str, dict[str, np.ndarray]] = {}
     outlines: dict[str, dict[str, np.ndarray]] = {}
     rows = []
     for model, places in found.places.items():
         best = {place.case: place for place in places if place.rank == 1}
-        layers = {name: round(best[name].voxel[0]) for name in others}
-        slices[model] = {name: images[name][layer] for name, layer in layers.items()}
+        layers = {name: cases.in_scan(best[name].voxel)[0] for name in others}
+        slices[model] = {name: cases.axial_image(name, layer) for name, layer in layers.items()}
         if wanted:
-            outlines[model] = {name: found.labels[name][layer] == wanted for name, layer in layers.items()}
+            outlines[model] = {name: cases.axial(found.labels[name], layer) == wanted for name, layer in layers.items()}
         cosine, back = (float(np.mean([getattr(p, key) for p in best.values()])) for key in ("cosine", "way_back_mm"))
         row = [model, f"{cosine:.2f}", f"{back:.1f}"]
         rows.append(row + ([f"{sum(p.label == wanted for p in best.values())} of {len(best)}"] if wanted else []))
-    layer = round(float(voxel[0]))
+    at = np.array(cases.in_scan(voxel))
     png = neighbours_figure(
-        (case, images[case][layer], voxel),
+        (case, cases.axial_image(case, at[0]), at),
         slices,
-        found.places,
-        cases.spacing,
+        {model: [replace(p, voxel=cases.in_scan(p.voxel)) for p in places] for model, places in found.places.items()},
+        cases.in_scan(cases.spacing),
         outlines if wanted else None,
-        found.labels[case][layer] == wanted if wanted else None,
+        cases.axial(found.labels[case], at[0]) == wanted if wanted else None,
     )
     note = (
         f"Places of other cases whose voxel embedding is most similar to that of {_where(voxel, cases)} of {case} "

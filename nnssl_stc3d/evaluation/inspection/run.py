@@ -153,7 +153,7 @@ def _look_at_places(
     names = cases.names if several else cases.names[:1]
     some = cases.names[:: max(1, -(-len(cases.names) // _CALIBRATION_CASES))]
     result.kept[model.name] = model.embedder.calibrate(
-        [cases.volume(n) for n in some], [cases.grid(n) for n in some], options.width
+        (cases.volume(n) for n in some), [cases.grid(n) for n in some], options.width, [guides[n].body for n in some]
     )
     maps = {
         name: replace(guides[name], features=model.embedder(cases.volume(name), cases.grid(name)))

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nnssl_stc3d.cli.main import main
-from nnssl_stc3d.evaluation.inspection.cases import choose_cases, default_cell, default_reference
+from nnssl_stc3d.data.body import BodyRule
+from nnssl_stc3d.data.dataset import CaseDataset
+from nnssl_stc3d.evaluation.inspection.cases import InspectedCases, choose_cases, default_cell, default_reference
 from nnssl_stc3d.evaluation.inspection.command import model_names
 from nnssl_stc3d.evaluation.inspection.folder import check_folder, write_folder
 from nnssl_stc3d.evaluation.inspection.models import load_model, scratch_model
@@ -296,3 +298,18 @@ def test_only_what_an_inspection_lists_is_removed(tmp_path):
     assert (tmp_path / "keep.png").exists() and [f.name for f in tmp_path.iterdir() if f.name[0] == "."] == []
     with pytest.raises(ValueError, match="got the file"):
         check_folder(folder / "own.png", overwrite=True)
+
+
+def test_slices_are_those_of_the_scan_whatever_the_order_of_axes(tmp_path):
+    """Plans put the axis with the largest spacing first; sagittal slices then come first in the arrays."""
+    scan = np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7)
+    for forward in ([0, 1, 2], [2, 0, 1], [1, 0, 2], [2, 1, 0]):
+        array = np.ascontiguousarray(scan.transpose(forward))
+        blosc2.asarray(array[None], urlpath=str(tmp_path / "case.b2nd"), mode="w")
+        z, y, x = (forward.index(axis) for axis in range(3))
+        rule = BodyRule("otsu", None, None, (1.0, 1.0, 1.0), z, "")
+        cases = InspectedCases(CaseDataset(tmp_path, ["case"]), ["case"], rule, 1.0, axes=(z, y, x))
+        np.testing.assert_array_equal(cases.axial(array, 3.2), scan[3])
+        np.testing.assert_array_equal(cases.axial_image("case", 3.2), scan[3])
+        point = np.array([2.0, 4.0, 5.0])
+        assert cases.in_scan(point[forward]) == (2.0, 4.0, 5.0)
