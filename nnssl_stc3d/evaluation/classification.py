@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnssl_stc3d.modules.classifier import classify_volume
-from nnssl_stc3d.training.classify_trainer import RECORD, build_classifier
+from nnssl_stc3d.training.classify_trainer import RECORD, build_classifier, check_classes
 from nnssl_stc3d.transfer.checkpoint import load_checkpoint
 from nnssl_stc3d.transfer.trusted_plans import check_plans
 
@@ -48,6 +48,8 @@ class Classifier:
         if not self.files:
             raise ValueError(f"Expected fold_*/{checkpoint} in {folder}, found none. Has the training finished?")
         loaded = [load_checkpoint(file) for file in self.files]
+        for file, content in zip(self.files, loaded):
+            check_classes(content, self.classes, str(file))
         self.configuration = self.plans_manager.get_configuration(loaded[0]["init_args"]["configuration"])
         self.channels = determine_num_input_channels(self.plans_manager, self.configuration, self.dataset_json)
         self.networks = [self._build(content, file) for content, file in zip(loaded, self.files)]

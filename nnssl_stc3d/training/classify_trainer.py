@@ -27,7 +27,7 @@ from nnssl_stc3d.training.logger import PretrainLogger
 from nnssl_stc3d.training.preflight import check_configuration, check_environment
 from nnssl_stc3d.training.ranks import from_all_ranks, rank_and_ranks
 from nnssl_stc3d.transfer.adaptation_plan import unwrap
-from nnssl_stc3d.transfer.checkpoint import write_atomically
+from nnssl_stc3d.transfer.checkpoint import load_checkpoint, write_atomically
 
 RECORD = "classification"
 """Key of dataset.json in a results folder, under which the classes are kept."""
@@ -113,6 +113,14 @@ class ClassifyTrainer(FinetuneTrainer):
             f"({table.counts(validation)})"
         )
         return training, validation
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Continue, if the classes are still those of the beginning."""
+        if isinstance(filename_or_checkpoint, dict):
+            check_classes(filename_or_checkpoint, self.labels.classes, "the checkpoint")
+        else:
+            check_classes(load_checkpoint(filename_or_checkpoint), self.labels.classes, filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing to switch: there is no segmentation."""
@@ -203,6 +211,20 @@ class ClassifyTrainer(FinetuneTrainer):
             if self.is_ddp:
                 dist.barrier()
         return dict(from_all_ranks(self, logits))
+
+
+def check_classes(checkpoint: dict[str, Any], classes: Sequence[str], source: str) -> None:
+    """Refuses a classifier whose outputs mean other classes, or the same in another order.
+
+    Raises:
+        ValueError: with both.
+    """
+    trained = (checkpoint["init_args"].get("dataset_json") or {}).get(RECORD, {}).get("classes")
+    if trained is not None and list(trained) != list(classes):
+        raise ValueError(
+            f"{source} was trained with the classes {', '.join(trained)}, in this order, expected "
+            f"{', '.join(classes)}. The table of labels has changed since: train all folds with the same one."
+        )
 
 
 def build_classifier(

@@ -11,6 +11,7 @@ import torch
 from nnunetv2.run import run_training
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnssl_stc3d.evaluation.classification import Classifier
 from nnssl_stc3d.training.classify_trainer import ClassifyTrainer
 
 CASES = 12
@@ -83,6 +84,15 @@ def test_a_visible_class_is_learned(make_trainer, phantoms, tmp_path):
     assert resumed.current_epoch == 2 and resumed.logger.get_value("val_losses", None) != []
     resumed.perform_actual_validation()
     assert json.loads((folder / "fold_0/validation/summary.json").read_text(encoding="utf-8")) == summary
+    # With "ball" called "round", the outputs would mean the other class.
+    phantoms.write_text(phantoms.read_text().replace("ball", "round"))
+    with pytest.raises(ValueError, match="final.pth was trained with the classes ball, empty, .*empty, round"):
+        make_trainer(Short, fold=0).load_checkpoint(str(folder / "fold_0/checkpoint_final.pth"))
+    description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    description["classification"]["classes"] = ["empty", "round"]
+    (folder / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="train all folds with the same one"):
+        Classifier(folder, None, "checkpoint_final.pth", torch.device("cpu"))
 
 
 def test_pretrained_weights_fill_the_encoder(make_trainer, phantoms, tiny_plans, pretraining_checkpoint, tmp_path):
