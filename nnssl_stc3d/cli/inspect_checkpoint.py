@@ -34,8 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     add("--parts", help="some of spectrum,invariance,similarity,voxels,neighbours (default: all)")
     add("--names", help="names of the checkpoints in figures, comma-separated (default: their methods)")
     add("--point", nargs=2, metavar=("CASE", "Z,Y,X"),
-        help="a voxel of a preprocessed case, or mm from its first voxel as Z,Y,Xmm (default: the middle of the body of"
-        " the first case)")  # fmt: skip
+        help="a voxel of a preprocessed case, mm from its first voxel as Z,Y,Xmm, or a voxel of the scan as Z,Y,Xscan "
+        "(default: the middle of the body of the first case)")  # fmt: skip
     add("--neighbours", type=int, default=3, help="best places in each other case (default: %(default)s)")
     add("--cases", type=int, default=12, help="cases at most (default: %(default)s)")
     add("--views", type=int, default=512, help="random views for the spectrum (default: %(default)s)")

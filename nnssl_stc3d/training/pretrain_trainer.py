@@ -38,6 +38,8 @@ from nnssl_stc3d.views.batch import ViewBatch
 from nnssl_stc3d.views.guide import Guide
 from nnssl_stc3d.views.samplers import ViewSampler
 
+_VALIDATION_WORKERS = 4
+
 
 class PretrainTrainer(nnUNetTrainer):
     """Pretrains the network of a plan with a :class:`PretrainMethod`; ``nnUNetv2_train`` runs it like any trainer.
@@ -190,7 +192,9 @@ class PretrainTrainer(nnUNetTrainer):
         train_loader = batches(
             training, self.current_epoch * steps, max(self.current_epoch, self.num_epochs) * steps, workers, pin
         )
-        val_loader = batches(validation, 0, self.num_val_iterations_per_epoch, min(1, workers), pin, persistent=True)
+        # The GPU waits for them: they begin when training is over.
+        val_workers = min(_VALIDATION_WORKERS, workers)
+        val_loader = batches(validation, 0, self.num_val_iterations_per_epoch, val_workers, pin, persistent=True)
         return iter(train_loader), endless(val_loader)
 
     def _datasets(self) -> tuple[ViewDataset, ViewDataset]:

@@ -12,6 +12,7 @@ from nnssl_stc3d.data.body import BodyRule, body_mask
 from nnssl_stc3d.data.dataset import CaseDataset
 from nnssl_stc3d.data.guides import coarse_means
 from nnssl_stc3d.data.voxel_labels import label_file, read_structures
+from nnssl_stc3d.evaluation.inspection.scan_grid import ScanGrid
 from nnssl_stc3d.transfer.differences import plans_of_checkpoint
 from nnssl_stc3d.views.guide import Guide
 
@@ -140,6 +141,10 @@ class InspectedCases:
         """A point, or sizes, along the axes of the scan instead of those of the array."""
         z, y, x = (float(values[axis]) for axis in self.axes)
         return z, y, x
+
+    def scan_grid(self, name: str) -> ScanGrid | None:
+        """Where the voxels of a case lie in its scan, if that is known."""
+        return ScanGrid.read(self.images.folder / f"{name}.pkl", self.images.shape(name), self.axes)
 
     def axial(self, volume: np.ndarray, layer: float) -> np.ndarray:
         """The axial slice ``(Y, X)`` of the scan in a volume ``(Z, Y, X)``."""

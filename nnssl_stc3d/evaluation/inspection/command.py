@@ -158,8 +158,6 @@ def _cases(
     )  # fmt: skip
     images = CaseDataset(folder, chosen.identifiers)
     rule = BodyRule.of_plan(request.plans, resolved.configuration)
-    if point is not None:
-        point.voxel(rule.spacing, images.shape(point.case))
     images.check(view_shape, progress=False)
     labels = anatomical_labels(dataset_json)
     if not all(label_file(folder, name).is_file() for name in chosen.identifiers):
@@ -168,7 +166,10 @@ def _cases(
     forward = list(request.plans["transpose_forward"])
     z, y, x = (forward.index(axis) for axis in range(3))
     ignored = ignored_value(dataset_json)
-    return chosen, InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored, (z, y, x))
+    cases = InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored, (z, y, x))
+    if point is not None:
+        point.voxel(cases.spacing, images.shape(point.case), cases.scan_grid(point.case))
+    return chosen, cases
 
 
 def _about(

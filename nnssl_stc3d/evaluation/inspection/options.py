@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnssl_stc3d.evaluation.inspection.scan_grid import ScanGrid
+
 PARTS = ("spectrum", "similarity", "voxels", "invariance", "neighbours")
 PYRAMIDS = ("auto", "encoder", "decoder")
 EMBEDDINGS = ("features", "head")
 
-_POINT = re.compile(r"\(?\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*\)?\s*(mm)?")
+UNITS = ("voxels", "mm", "scan")
+_POINT = re.compile(r"\(?\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*\)?\s*(mm|scan)?")
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,18 @@ class Point:
 
     Attributes:
         case: identifier.
-        position: ``(z, y, x)``, voxels of the preprocessed case, or mm from the centre of its first voxel.
-        in_mm: whether the position is in mm.
+        position: ``(z, y, x)``.
+        unit: "voxels" of the preprocessed case, "mm" from the centre of its first voxel, or "scan", voxels of the scan
+            counted from 0.
     """
 
     case: str
     position: tuple[float, float, float]
-    in_mm: bool = False
+    unit: str = "voxels"
 
     @classmethod
     def parse(cls, case: str, text: str) -> Point:
-        """Read ``Z,Y,X`` or ``Z,Y,Xmm``.
+        """Read ``Z,Y,X``, ``Z,Y,Xmm`` or ``Z,Y,Xscan``.
 
         Raises:
             ValueError: if the text is something else.
@@ -42,24 +46,42 @@ class Point:
             z, y, x = (float(found.group(i)) for i in (1, 2, 3))
         except ValueError as error:
             raise ValueError(
-                f"expected a point as Z,Y,X in voxels or Z,Y,Xmm, such as 40,120,95, got {text!r}"
+                f"expected a point as Z,Y,X in voxels, Z,Y,Xmm or Z,Y,Xscan, such as 40,120,95, got {text!r}"
             ) from error
-        return cls(case, (z, y, x), found.group(4) is not None)
+        return cls(case, (z, y, x), found.group(4) or "voxels")
 
-    def voxel(self, spacing: tuple[float, float, float], shape: tuple[int, ...]) -> np.ndarray:
+    def voxel(
+        self, spacing: tuple[float, float, float], shape: tuple[int, ...], grid: ScanGrid | None = None
+    ) -> np.ndarray:
         """The place in voxels, ``(3,)``.
 
         Args:
             spacing: mm per voxel, (z, y, x).
             shape: ``(Z, Y, X)`` of the case.
+            grid: of its scan, for the unit "scan".
 
         Raises:
-            ValueError: if it lies outside the case.
+            ValueError: if it lies outside the case, or where it lies is not known.
         """
-        place = np.asarray(self.position) / (np.asarray(spacing) if self.in_mm else 1)
+        if self.unit == "scan":
+            if grid is None:
+                raise ValueError(
+                    f"where the voxels of {self.case} lie in its scan is not known: its .pkl beside the preprocessed "
+                    "image is missing or from elsewhere. Preprocess it again, or give the point without 'scan'."
+                )
+            place = grid.from_scan(self.position)
+        else:
+            place = np.asarray(self.position) / (np.asarray(spacing) if self.unit == "mm" else 1)
         if (place < -0.5).any() or (place > np.asarray(shape) - 0.5).any():
-            last = [round(float((n - 1) * (s if self.in_mm else 1)), 1) for n, s in zip(shape, spacing)]
-            unit = "mm" if self.in_mm else "voxels"
+            if grid is not None and self.unit == "scan":
+                ends = [grid.to_scan(np.zeros(3)), grid.to_scan(np.asarray(shape) - 1)]
+                first, last = ([round(n, 1) for n in end] for end in ends)
+                raise ValueError(
+                    f"the point {self.position} lies outside the part of {self.case} that preprocessing has kept, "
+                    f"{','.join(map(str, first))} to {','.join(map(str, last))} (z,y,x of the scan)"
+                )
+            last = [round(float((n - 1) * (s if self.unit == "mm" else 1)), 1) for n, s in zip(shape, spacing)]
+            unit = self.unit
             raise ValueError(
                 f"the point {self.position} lies outside {self.case}, which goes from 0,0,0 to "
                 f"{','.join(map(str, last))} {unit} (z,y,x of the preprocessed case)"

@@ -226,18 +226,22 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _csv(places: Mapping[str, Sequence[Place]], cases: InspectedCases) -> str:
-    """One line for each place: voxels of the preprocessed case, and mm from the centre of its first voxel."""
+    """One line for each place: voxels of the preprocessed case, mm from the centre of its first, voxels of the scan."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    grids = {name: cases.scan_grid(name) for name in cases.names}
     writer.writerow(
-        ["network", "case", "rank", "z", "y", "x", "z_mm", "y_mm", "x_mm", "cosine", "way_back_mm", "label"]
-    )
+        ["network", "case", "rank", "z", "y", "x", "z_mm", "y_mm", "x_mm", "z_scan", "y_scan", "x_scan", "cosine",
+         "way_back_mm", "label"]
+    )  # fmt: skip
     for model, found in places.items():
         for place in found:
             mm = [f"{v * s:.2f}" for v, s in zip(place.voxel, cases.spacing)]
+            grid = grids[place.case]
+            scan = ["", "", ""] if grid is None else [f"{v:.1f}" for v in grid.to_scan(place.voxel)]
             label = "" if place.label in (None, UNKNOWN) else cases.label_names.get(place.label, "background")
             writer.writerow(
-                [model, place.case, place.rank, *(f"{v:.1f}" for v in place.voxel), *mm, f"{place.cosine:.4f}",
+                [model, place.case, place.rank, *(f"{v:.1f}" for v in place.voxel), *mm, *scan, f"{place.cosine:.4f}",
                  f"{place.way_back_mm:.2f}", label]
             )  # fmt: skip
     return text.getvalue()

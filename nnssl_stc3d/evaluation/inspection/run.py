@@ -92,7 +92,8 @@ def _prepare(cases: InspectedCases, guides: Mapping[str, Guide], options: Inspec
     """What all networks share: the reference, label maps and cells."""
     first, point = cases.names[0], options.point
     if point is not None:
-        result = Inspection((first, point.voxel(cases.spacing, cases.images.shape(first))), "the given point")
+        voxel = point.voxel(cases.spacing, cases.images.shape(first), cases.scan_grid(first))
+        result = Inspection((first, voxel), "the given point")
     else:
         voxel, why = default_reference(guides[first], cases.labels(first), cases.label_names)
         result = Inspection((first, voxel), f"{why}, since no point was given")

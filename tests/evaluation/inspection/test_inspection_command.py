@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
 
 import blosc2
 import numpy as np
 import pytest
 import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl_stc3d.cli.main import main
 from nnssl_stc3d.data.body import BodyRule
@@ -18,6 +22,7 @@ from nnssl_stc3d.evaluation.inspection.command import model_names
 from nnssl_stc3d.evaluation.inspection.folder import check_folder, write_folder
 from nnssl_stc3d.evaluation.inspection.models import load_model, scratch_model
 from nnssl_stc3d.evaluation.inspection.options import InspectOptions, Point
+from nnssl_stc3d.evaluation.inspection.scan_grid import ScanGrid
 from nnssl_stc3d.methods.stc3d import STC3D, STC3DConfig
 from nnssl_stc3d.views.guide import Guide
 
@@ -234,6 +239,58 @@ def test_points_in_voxels_and_in_mm():
         Point.parse("a", "1,1,5mm").voxel(spacing, shape)
     with pytest.raises(ValueError, match="lies outside a"):
         Point.parse("a", "-1,1,5").voxel(spacing, shape)
+    grid = ScanGrid((1, 2, 0), shape, (20, 10, 5), (4, 0, 2))
+    assert Point.parse("a", "3, 5, 12scan").voxel(spacing, shape, grid).tolist() == [3.75, 3, 6.5]
+    with pytest.raises(ValueError, match=r"outside the part of a .* 0.0,1.8,4.5 to 9.0,6.2,22.5 \(z,y,x of the scan"):
+        Point.parse("a", "3,5,30scan").voxel(spacing, shape, grid)
+    with pytest.raises(ValueError, match="lie in its scan is not known: its .pkl"):
+        Point.parse("a", "3,5,12scan").voxel(spacing, shape)
+
+
+def test_voxels_lie_in_the_scan_where_nnunet_took_them_from(tmp_path, tiny_plans, tiny_dataset_json):
+    """Preprocessed by nnU-Net itself: transposed, cropped to what is not zero, resampled."""
+    plans = tiny_plans()
+    plans |= {"transpose_forward": [2, 0, 1], "transpose_backward": [1, 2, 0]}
+    plans["foreground_intensity_properties_per_channel"] = {"0": {}}
+    plain = {"normalization_schemes": ["NoNormalization"], "use_mask_for_norm": [False]}
+    resampling = {"order": 1, "order_z": 0, "force_separate_z": None}
+    for what, is_seg in (("data", False), ("seg", True)):
+        plain[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
+        plain[f"resampling_fn_{what}_kwargs"] = {"is_seg": is_seg, **resampling}
+    plans["configurations"]["3d_fullres"] |= {"spacing": [2.0, 1.0, 0.8], **plain}
+    manager = PlansManager(plans)
+    scan = np.zeros((1, 20, 30, 24), np.float32)
+    scan[0, 3:18, 5:28, 2:22] = 1
+    places = np.array([[8, 12, 9], [13, 20, 15]])
+    grid = np.stack(np.meshgrid(*map(np.arange, scan.shape[1:]), indexing="ij"), axis=-1)
+    for place in places:
+        scan[0] += 20 * np.exp(-((grid - place) ** 2).sum(-1) / 8) * (scan[0] > 0)
+    properties = {"spacing": [1.5, 1.0, 1.0]}
+    data, _, kept = DefaultPreprocessor(verbose=False).run_case_npy(
+        scan, None, properties, manager, manager.get_configuration("3d_fullres"), tiny_dataset_json()
+    )
+    assert data.shape[1:] != scan.shape[1:]
+    with open(tmp_path / "case.pkl", "wb") as file:
+        pickle.dump(kept, file)
+    found = ScanGrid.read(tmp_path / "case.pkl", data.shape[1:], (1, 2, 0))
+    for place in places:
+        voxel = found.from_scan(place)
+        np.testing.assert_allclose(found.to_scan(voxel), place, atol=1e-9)
+        # The brightest voxel around is the one that shows the place.
+        near = [slice(max(0, round(v) - 3), round(v) + 4) for v in voxel]
+        peak = np.array(np.unravel_index(data[0][tuple(near)].argmax(), data[0][tuple(near)].shape))
+        assert np.abs(peak + [s.start for s in near] - voxel).max() <= 0.51
+    (tmp_path / "empty.pkl").touch()
+    assert ScanGrid.read(tmp_path / "empty.pkl", (4, 4, 4), (0, 1, 2)) is None
+
+
+def test_what_is_kept_beside_a_case_cannot_run(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    (tmp_path / "case.pkl").write_bytes(pickle.dumps({"bbox_used_for_cropping": Runs()}))
+    assert ScanGrid.read(tmp_path / "case.pkl", (4, 4, 4), (0, 1, 2)) is None and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
