@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nnssl_stc3d.cli.datasets import environment_folder, find_dataset_folder, preprocessed_folder
-from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, METHODS, NO_MIRRORING, SCHEDULES, SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import ABLATIONS, LONGER, METHODS, NO_MIRRORING, SCHEDULES, SCRATCH
 from nnssl_stc3d.evaluation.benchmark.perturb import STRENGTHS
 
 DESCRIPTION = """\
@@ -36,7 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     parser.add_argument("-o", dest="output", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("-c", dest="configuration", default="3d_fullres", help="configuration (default: %(default)s)")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: %(default)s)")
-    methods_help = f"of {','.join([SCRATCH, *METHODS])} and the variants of ablations (default: %(default)s)"
+    methods_help = (
+        f"of {','.join([SCRATCH, *METHODS])} and the variants of ablations; {LONGER} trains from scratch for as long "
+        "as a pretraining and a finetuning together (default: %(default)s)"
+    )
     compared = parser.add_mutually_exclusive_group()
     compared.add_argument("--methods", default="scratch,stc3d", metavar="NAMES", help=methods_help)
     compared.add_argument(

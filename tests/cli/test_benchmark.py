@@ -65,6 +65,23 @@ def test_the_plan_of_a_benchmark(benchmark, tmp_path, capsys):
     assert not (tmp_path / "benchmark").exists()
 
 
+def test_scratch_for_as_long_as_pretraining_and_finetuning(benchmark, tmp_path, capsys):
+    output = tmp_path / "benchmark"
+    output.mkdir()
+    compared = ["--methods", "scratch,scratch-longer,stc3d", "--seeds", 2, "--finetuning-steps", 500, "--labels", "2"]
+    assert benchmark(*compared, "--budget", "1h", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.count("scratch-longer, 2 labelled cases, schedule stc3d, so far an unknown number of steps") == 2
+    (output / "seconds_per_step.json").write_text(json.dumps({"stc3d": 2.0, "scratch stc3d": 0.5}))
+    assert benchmark(*compared, "--budget", "1h", "--reference", "scratch-longer", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.count("scratch-longer, 2 labelled cases, schedule stc3d, 7700 steps") == 2
+    assert "2 pretrainings of 1h each, 4 finetunings of 500 steps each and 2 longer ones (17400 steps in all)" in out
+    assert benchmark(*compared, "--budget", "5000steps") == 1
+    assert "scratch-longer trains for as long as a pretraining: give a --budget in time" in capsys.readouterr().err
+    assert [f.name for f in output.iterdir()] == ["seconds_per_step.json"]
+
+
 def test_a_split_of_ones_own(benchmark, tmp_path, capsys):
     table, parts = tmp_path / "parts.csv", ("test", "val", "train", "train")
     table.write_text("\n".join(["case,split", *(f"case_{i},{parts[i % 4]}" for i in range(12))]), encoding="utf-8")

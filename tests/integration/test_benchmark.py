@@ -122,3 +122,17 @@ def test_perturbed_cases_are_predicted_by_the_same_model(benchmark, workspace):
     ]
     assert results["perturbed"][0]["rows"][0]["mean"] == results["rows"]["Dice"][0]["mean"]
     assert (output / "report" / "test" / "robustness.png").stat().st_size > 5000
+
+
+def test_scratch_trains_for_as_long_as_a_pretraining_and_a_finetuning(workspace, tmp_path):
+    options = [*OPTIONS, "--budget", "2s", "--methods", "scratch,scratch-longer", "--labels", "1", "--seeds", 1]
+    run = workspace.run("nnssl_stc3d", "benchmark", *options, "-o", tmp_path / "b").ok()
+    assert "scratch stc3d: " in run.output and "s a step" in run.output
+    seconds = json.loads((tmp_path / "b" / "seconds_per_step.json").read_text(encoding="utf-8"))["scratch stc3d"]
+    steps = 10 + max(1, round(2 / seconds / 10)) * 10
+    results = json.loads((tmp_path / "b" / "report" / "test" / "results.json").read_text(encoding="utf-8"))
+    assert [row["method"] for row in results["rows"]["Dice"]] == ["scratch", "scratch-longer"]
+    assert results["rows"]["Dice"][1]["difference"] is not None
+    trained = f"-tr STC3DFinetuneTrainer_{steps}steps "
+    assert trained in (tmp_path / "b" / "commands.txt").read_text(encoding="utf-8")
+    assert "scratch-longer-stc3d-1labels-seed0" in results["cost"]

@@ -20,6 +20,7 @@ from nnssl_stc3d.evaluation.benchmark.execution import call, execute_all
 from nnssl_stc3d.evaluation.benchmark.lock import held_alone
 from nnssl_stc3d.evaluation.benchmark.methods import (
     ABLATIONS,
+    LONGER,
     SCRATCH,
     Method,
     find_methods,
@@ -37,6 +38,7 @@ from nnssl_stc3d.evaluation.benchmark.workspace import (
     EPOCHS,
     Dataset,
     Workspace,
+    finetuning_trainer,
     write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
@@ -109,9 +111,11 @@ def benchmark(options: Options) -> int:
         workspace, target, pretraining or target, drawn, options.device, options.mirroring, cases,
         options.finetuning_steps,
     )  # fmt: skip
+    longer = LONGER in options.methods
     if options.dry_run:
         known = _known_seconds(options.output)
-        runs = plan(steps={method: _length(budget, known.get(method.key)) for method in methods})
+        lengths = _longer_lengths(options, budget, known) if longer else None
+        runs = plan(steps={method: _length(budget, known.get(method.key)) for method in methods}, longer=lengths)
         seconds = budget.amount if budget.seconds else None
         side_by_side = options.jobs * max(1, len(options.gpus))
         print(describe_plan(runs, settings, options.budget, seconds, side_by_side))
@@ -127,8 +131,9 @@ def benchmark(options: Options) -> int:
             copies = workspace.cases(f"{cases}-{perturbation}-{level}")
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
         steps = _steps(methods, options, settings, budget)
-        workspace.write_trainers(steps, options.finetuning_steps, options.schedules)
-        runs = plan(steps=steps)
+        lengths = _longer_lengths(options, budget, _known_seconds(options.output)) if longer else None
+        workspace.write_trainers(steps, options.finetuning_steps, options.schedules, longer=lengths)
+        runs = plan(steps=steps, longer=lengths)
         folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
         tolerance = options.tolerance if surface_dice.is_available() else 0.0
         facts = _facts(options, settings, steps, budget)
@@ -161,7 +166,8 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
         raise ValueError("an ablation is for choosing, so it is evaluated on validation cases: leave --cases test out")
     names = [m.name for m in ABLATIONS[options.ablation]] if options.ablation else list(options.methods)
     methods = with_options(find_methods(names), options.options)
-    if options.reference not in [SCRATCH, *(method.name for method in methods)]:
+    compared = [SCRATCH, *(name for name in options.methods if name == LONGER), *(method.name for method in methods)]
+    if options.reference not in compared:
         raise ValueError(f"--reference must be one of the compared methods, got {options.reference}")
     ways = [parse_schedule(schedule) for schedule in options.schedules]
     if not ways or len(set(ways)) < len(ways):
@@ -177,6 +183,8 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
             "leave --pretrain-dataset out: its cases are those of -d, and test cases are not pretrained on"
         )
     budget = Budget.parse(options.budget)
+    if LONGER in options.methods and not budget.seconds:
+        raise ValueError(f"{LONGER} trains for as long as a pretraining: give a --budget in time, got {options.budget}")
     if not budget.seconds and (budget.amount < EPOCHS or budget.amount % EPOCHS):
         raise ValueError(f"a budget in steps must be a multiple of {EPOCHS}, got {options.budget}")
     cases = options.cases or ("validation" if options.ablation else "test")
@@ -235,16 +243,34 @@ def _steps(methods: Sequence[Method], options: Options, settings: Settings, budg
     """Steps of each method's pretraining. A budget in seconds is translated once, by measuring a few steps."""
     measured = _known_seconds(options.output)
     missing = [method for method in methods if budget.seconds and method.key not in measured]
+    alone = [s for s in options.schedules if LONGER in options.methods and _key_alone(s) not in measured]
     # What workers have prepared between two epochs costs no time in the second; it must be few of its batches.
     steps = CALIBRATION_STEPS * (1 + options.workers)
-    if missing:
+    if missing or alone:
         _same_conditions(options)
-        settings.workspace.write_trainers(dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules, steps)
-    for method in missing:
-        measured[method.key] = _seconds_per_step(method, steps, options, settings)
-        print(f"{method.name}: {measured[method.key]:.3g} s a step")
+        settings.workspace.write_trainers(
+            dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules, steps, dict.fromkeys(alone, 0)
+        )
+    wanted: dict[str, Method | str] = {method.key: method for method in missing}
+    for key, what in (wanted | {_key_alone(schedule): schedule for schedule in alone}).items():
+        measured[key] = _seconds_per_step(what, steps, options, settings)
+        print(f"{what.name if isinstance(what, Method) else key}: {measured[key]:.3g} s a step")
         write_whole(options.output / "seconds_per_step.json", json.dumps(measured, indent=1) + "\n")
     return {method: _length(budget, measured.get(method.key)) for method in methods}
+
+
+def _key_alone(schedule: str) -> str:
+    """Of the seconds of a step of finetuning."""
+    return f"{SCRATCH} {schedule}"
+
+
+def _longer_lengths(options: Options, budget: Budget, known: dict[str, float]) -> dict[str, int]:
+    """Schedule -> steps that fit into the time of a pretraining and a finetuning; 0 where it is not known."""
+    lengths = {}
+    for schedule in options.schedules:
+        seconds = known.get(_key_alone(schedule))
+        lengths[schedule] = options.finetuning_steps + _length(budget, seconds) if seconds else 0
+    return lengths
 
 
 def _same_conditions(options: Options) -> None:
@@ -260,17 +286,22 @@ def _same_conditions(options: Options) -> None:
     write_whole(file, json.dumps(now) + "\n")
 
 
-def _seconds_per_step(method: Method, steps: int, options: Options, settings: Settings) -> float:
-    """Seconds of a pretraining step, validation included, measured alone in the second epoch of a short run."""
-    trainer, start = method.trainer_name(CALIBRATION), f"{method.key}/{CALIBRATION}"
-    dataset = settings.pretraining
+def _seconds_per_step(what: Method | str, steps: int, options: Options, settings: Settings) -> float:
+    """Seconds of a step of a pretraining, or of a schedule from scratch, in the second epoch of a short run alone."""
+    if isinstance(what, Method):
+        trainer, start, dataset = what.trainer_name(CALIBRATION), f"{what.key}/{CALIBRATION}", settings.pretraining
+        fold = "all"
+    else:
+        trainer, start, dataset = finetuning_trainer(what, CALIBRATION), f"{SCRATCH}/{CALIBRATION}", settings.target
+        fewest = label_counts(options.labels, len(settings.split.pool))[0]
+        fold = str(settings.workspace.fold(dataset, settings.split, fewest, 0))
     plans = dataset.plans["plans_name"]
-    words = ["nnUNetv2_train", dataset.number, dataset.configuration, "all", "-p", plans, "-tr", trainer]
-    log = options.output / "logs" / f"{method.key}-{CALIBRATION}.log"
+    words = ["nnUNetv2_train", dataset.number, dataset.configuration, fold, "-p", plans, "-tr", trainer]
+    log = options.output / "logs" / f"{start.replace('/', '-')}-{trainer}.log"
     gpu = options.gpus[0] if options.gpus else ""
     call([*words, "-device", options.device], settings, start, log, 0, options.threads, options.workers, gpu)
     model = f"{trainer}__{plans}__{dataset.configuration}"
-    folder = settings.workspace.results(start) / dataset.name / model / "fold_all"
+    folder = settings.workspace.results(start) / dataset.name / model / f"fold_{fold}"
     return read_epoch_seconds(folder)[-1] / steps
 
 

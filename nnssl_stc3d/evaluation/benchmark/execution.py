@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
-from nnssl_stc3d.evaluation.benchmark.runs import Pretraining, Run, Settings
+from nnssl_stc3d.evaluation.benchmark.runs import PerturbedPrediction, Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
 from nnssl_stc3d.evaluation.commands import end_program
 
@@ -90,7 +90,10 @@ def read_cost(run: Run, settings: Settings) -> dict[str, Spent]:
 
 def _file_name(run: Run, settings: Settings) -> str:
     """Of a run's log and cost; the length of a pretraining is in its name already."""
-    return run.name if isinstance(run, Pretraining) else f"{run.name}-{settings.finetuning_steps}steps"
+    if isinstance(run, Pretraining):
+        return run.name
+    finetuning = run.finetuning if isinstance(run, PerturbedPrediction) else run
+    return f"{run.name}-{finetuning.steps(settings)}steps"
 
 
 def call(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from nnssl_stc3d.views.samplers import TransformRanges
 
 SCRATCH = "scratch"
+LONGER = "scratch-longer"
+"""From scratch, for as long as a pretraining and a finetuning together."""
 STOCK = "stock"
 # Way of finetuning -> module of nnssl_stc3d.trainers and trainer; "stock" is nnU-Net's own.
 SCHEDULES = {
@@ -295,16 +297,16 @@ def _literal(text: str) -> Any:
 
 
 def find_methods(names: Sequence[str]) -> list[Method]:
-    """Methods by name, in their order; "scratch" is none of them.
+    """Methods by name, in their order; "scratch" and "scratch-longer" are none of them.
 
     Raises:
         ValueError: an unknown name, one twice, or none.
     """
     known = METHODS | {method.name: method for ablation in ABLATIONS.values() for method in ablation}
-    unknown = [name for name in names if name not in known and name != SCRATCH]
+    unknown = [name for name in names if name not in known and name not in (SCRATCH, LONGER)]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"expected different methods of {', '.join([SCRATCH, *METHODS])}, or variants of an ablation such as "
-            f"{ABLATIONS['losses'][1].name}, got {', '.join(names) or 'none'}"
+            f"expected different methods of {', '.join([SCRATCH, LONGER, *METHODS])}, or variants of an ablation such "
+            f"as {ABLATIONS['losses'][1].name}, got {', '.join(names) or 'none'}"
         )
-    return [known[name] for name in names if name != SCRATCH]
+    return [known[name] for name in names if name not in (SCRATCH, LONGER)]

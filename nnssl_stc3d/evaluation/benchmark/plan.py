@@ -36,14 +36,17 @@ def describe_plan(
             lines.append(f"seed {run.seed}: pretraining, {run.method.described()}")
         elif isinstance(run, Finetuning):
             what = f"{run.method}, {run.labels} labelled cases, schedule {run.schedule}"
-            lines.append(f"seed {run.seed}: finetuning, {what}")
+            length = "" if run.longer is None else f", {run.longer or 'so far an unknown number of'} steps"
+            lines.append(f"seed {run.seed}: finetuning, {what}{length}")
     pretrainings, finetunings, perturbed = (sum(isinstance(run, kind) for run in runs) for kind in _KINDS)
-    steps = settings.finetuning_steps
+    longer = sum(isinstance(run, Finetuning) and run.longer is not None for run in runs)
+    steps = sum(run.steps(settings) for run in runs if isinstance(run, Finetuning))
+    more = f" and {longer} longer ones" if longer else ""
     lines += [
         "",
-        f"{pretrainings} pretrainings of {budget} each, {finetunings} finetunings of {steps} steps each "
-        f"({steps * finetunings} steps in all), {perturbed} predictions of perturbed cases; {side_by_side} side by "
-        "side.",
+        f"{pretrainings} pretrainings of {budget} each, {finetunings - longer} finetunings of "
+        f"{settings.finetuning_steps} steps each{more} ({steps} steps in all), {perturbed} predictions of perturbed "
+        f"cases; {side_by_side} side by side.",
     ]
     return "\n".join([*lines, _left(runs, settings, pretraining, side_by_side)])
 

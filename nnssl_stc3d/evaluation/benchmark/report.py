@@ -11,7 +11,7 @@ import numpy as np
 
 from nnssl_stc3d.evaluation.benchmark import figures, tables
 from nnssl_stc3d.evaluation.benchmark.execution import TRAIN, Spent, read_cost
-from nnssl_stc3d.evaluation.benchmark.methods import METHODS, SCRATCH
+from nnssl_stc3d.evaluation.benchmark.methods import LONGER, METHODS, SCRATCH
 from nnssl_stc3d.evaluation.benchmark.results import read_dice, read_perturbed_dice, read_surface_dice
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining, Run, Settings
 from nnssl_stc3d.evaluation.benchmark.statistics import Result, Row, compare, corrected
@@ -151,7 +151,7 @@ def caveat(rows: Sequence[Row], missing: int, cases: str) -> str:
         text += f" {missing} planned finetunings are not finished."
     if cases == "validation":
         text += " These are validation cases, for choosing; report the test cases."
-    elif len({row.schedule for row in rows}) > 1 or {row.method for row in rows} - {SCRATCH, *METHODS}:
+    elif len({row.schedule for row in rows}) > 1 or {row.method for row in rows} - {SCRATCH, LONGER, *METHODS}:
         text += " To choose between ways of finetuning or options, use validation cases; these are test cases."
     if any(row.schedule.startswith("frozen-start") and row.method == SCRATCH for row in rows):
         text += " A frozen start from scratch begins with a frozen random encoder: it is no matched scratch."

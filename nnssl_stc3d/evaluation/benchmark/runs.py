@@ -9,7 +9,7 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
-from nnssl_stc3d.evaluation.benchmark.methods import SCRATCH, Method
+from nnssl_stc3d.evaluation.benchmark.methods import LONGER, SCRATCH, Method
 from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, finetuning_trainer
 
 
@@ -25,7 +25,7 @@ class Settings:
         device: nnU-Net's -device.
         mirroring: predict with test-time mirroring.
         cases: what is predicted, "test" or "validation", or a perturbed copy such as "test-noise-low".
-        finetuning_steps: of every finetuning.
+        finetuning_steps: of every finetuning, but those from scratch that are longer.
     """
 
     workspace: Workspace
@@ -96,12 +96,14 @@ class Finetuning:
         schedule: "stc3d" or "stock".
         labels: number of labelled cases.
         seed: of the draw of labelled cases, of initialisation and batches.
+        longer: steps, if they are other than those of every finetuning; 0 while they are not known.
     """
 
     pretraining: Pretraining | None
     schedule: str
     labels: int
     seed: int
+    longer: int | None = None
 
     @property
     def after(self) -> Pretraining | None:
@@ -110,8 +112,14 @@ class Finetuning:
 
     @property
     def method(self) -> str:
-        """Name of the pretraining's method, or "scratch"."""
-        return self.pretraining.method.name if self.pretraining else SCRATCH
+        """Name of the pretraining's method, or "scratch" or "scratch-longer"."""
+        if self.pretraining:
+            return self.pretraining.method.name
+        return SCRATCH if self.longer is None else LONGER
+
+    def steps(self, settings: Settings) -> int:
+        """Length of the training."""
+        return settings.finetuning_steps if self.longer is None else self.longer
 
     @property
     def start(self) -> str:
@@ -121,11 +129,11 @@ class Finetuning:
     @property
     def name(self) -> str:
         """For logs and progress."""
-        start = f"{self.pretraining.method.key}-{self.pretraining.steps}steps" if self.pretraining else SCRATCH
+        start = f"{self.pretraining.method.key}-{self.pretraining.steps}steps" if self.pretraining else self.method
         return f"{start}-{self.schedule}-{self.labels}labels-seed{self.seed}"
 
     def _model(self, settings: Settings) -> str:
-        trainer = finetuning_trainer(self.schedule, settings.finetuning_steps)
+        trainer = finetuning_trainer(self.schedule, self.steps(settings))
         return f"{trainer}__{settings.target.plans['plans_name']}__{settings.target.configuration}"
 
     def predictions(self, settings: Settings) -> Path:
@@ -149,7 +157,7 @@ class Finetuning:
             return []
         target, plans = settings.target, settings.target.plans["plans_name"]
         fold = settings.workspace.fold(target, settings.split, self.labels, self.seed)
-        trainer = finetuning_trainer(self.schedule, settings.finetuning_steps)
+        trainer = finetuning_trainer(self.schedule, self.steps(settings))
         common = ["-p", plans, "-tr", trainer]
         train = ["nnUNetv2_train", target.number, target.configuration, str(fold), *common]
         train += ["-device", settings.device]
@@ -225,6 +233,7 @@ def plan_runs(
     labels: Sequence[int],
     seeds: Sequence[int],
     perturbed: Sequence[tuple[str, str]] = (),
+    longer: Mapping[str, int] | None = None,
 ) -> list[Run]:
     """Lists the runs of a benchmark seed by seed, so that an interrupted one has complete pairs.
 
@@ -235,15 +244,21 @@ def plan_runs(
         labels: numbers of labelled cases.
         seeds: of draws and trainings.
         perturbed: pairs of perturbation and level, whose cases every finetuned model predicts, too.
+        longer: schedule -> steps of trainings from scratch that are as long as a pretraining and a finetuning; None for
+            no such trainings.
 
     Returns:
         Every run comes after what it waits for.
     """
     runs: list[Run] = []
     for seed in seeds:
-        starts = [None] if scratch else []
-        for pretraining in [*starts, *(Pretraining(method, number, seed) for method, number in steps.items())]:
-            runs += [pretraining] if pretraining else []
-            for finetuning in [Finetuning(pretraining, s, count, seed) for s in schedules for count in labels]:
-                runs += [finetuning, *(PerturbedPrediction(finetuning, *kind) for kind in perturbed)]
+        draws = [(schedule, count) for schedule in schedules for count in labels]
+        here: list[Run] = [Finetuning(None, *draw, seed) for draw in draws] if scratch else []
+        here += [Finetuning(None, *draw, seed, longer[draw[0]]) for draw in draws] if longer is not None else []
+        for pretraining in (Pretraining(method, number, seed) for method, number in steps.items()):
+            here += [pretraining, *(Finetuning(pretraining, *draw, seed) for draw in draws)]
+        for run in here:
+            runs.append(run)
+            if isinstance(run, Finetuning):
+                runs += [PerturbedPrediction(run, *kind) for kind in perturbed]
     return runs

@@ -260,16 +260,18 @@ class Workspace:
         finetuning_steps: int,
         schedules: Iterable[str],
         calibration_steps: int = CALIBRATION_STEPS,
+        longer: Mapping[str, int] | None = None,
     ) -> None:
         """Writes the trainers of this benchmark, each a few lines; see :func:`trainers_source`."""
-        source = trainers_source(steps, finetuning_steps, schedules, calibration_steps)
+        source = trainers_source(steps, finetuning_steps, schedules, calibration_steps, longer)
         write_whole(self.trainers / TRAINERS_FILE, source)
 
 
-def finetuning_trainer(schedule: str, steps: int) -> str:
+def finetuning_trainer(schedule: str, length: int | str) -> str:
     """Name of the trainer of a finetuning schedule, with its learning rate if it has one, for a number of steps."""
     name, mirroring, rate = parse_schedule(schedule)
-    trainer = f"{SCHEDULES[name][1]}{'' if mirroring else 'NoMirroring'}_{steps}steps"
+    ending = f"{length}steps" if isinstance(length, int) else length
+    trainer = f"{SCHEDULES[name][1]}{'' if mirroring else 'NoMirroring'}_{ending}"
     return trainer if rate is None else f"{trainer}_lr{re.sub(r'[^0-9e]', '_', f'{rate:g}')}"
 
 
@@ -278,6 +280,7 @@ def trainers_source(
     finetuning_steps: int,
     schedules: Iterable[str],
     calibration_steps: int = CALIBRATION_STEPS,
+    longer: Mapping[str, int] | None = None,
 ) -> str:
     """Source of the module with the benchmark's trainers; nnU-Net finds trainers by name and takes no options.
 
@@ -286,6 +289,7 @@ def trainers_source(
         finetuning_steps: of every finetuning.
         schedules: of the finetunings.
         calibration_steps: of each of the two epochs in which the seconds of a step are measured.
+        longer: schedule -> steps of trainings from scratch that are longer; 0 while they are not known.
     """
     finetuning = {SCHEDULES[parse_schedule(schedule).name][0] for schedule in schedules}
     modules = sorted({m.module for m in steps} | finetuning - {""})
@@ -314,21 +318,32 @@ def trainers_source(
         if number:
             name = method.trainer_name(f"{number}steps")
             lines += _subclass(name, parent, EPOCHS, number // EPOCHS, VALIDATION_STEPS) + config
-    per_epoch = finetuning_steps // EPOCHS
     for schedule in schedules:
-        key, mirroring, rate = parse_schedule(schedule)
-        name, (module, trainer) = finetuning_trainer(schedule, finetuning_steps), SCHEDULES[key]
-        # nnU-Net's own variant goes on top: it changes what the trainers below it have set up.
-        parents = f"ContinuingTrainer, {'' if mirroring else 'nnUNetTrainerNoMirroring, '}"
-        if key == STOCK:
-            lines += _stock_subclass(name, parents + trainer, per_epoch, rate)
-            continue
-        lines += _subclass(name, f"{parents}{module}.{trainer}", EPOCHS, per_epoch, VALIDATION_STEPS)
-        lines += [] if rate is None else [f"    learning_rate = {rate!r}"]
+        lengths = {finetuning_trainer(schedule, n): (EPOCHS, n // EPOCHS) for n in (finetuning_steps, *_known(longer))}
+        if longer is not None:
+            lengths[finetuning_trainer(schedule, CALIBRATION)] = (2, calibration_steps)
+        for name, length in lengths.items():
+            lines += _finetuning_subclass(name, schedule, *length)
     return "\n".join(lines) + "\n"
 
 
-def _stock_subclass(name: str, parents: str, steps: int, rate: float | None) -> list[str]:
+def _known(longer: Mapping[str, int] | None) -> list[int]:
+    return [steps for steps in (longer or {}).values() if steps]
+
+
+def _finetuning_subclass(name: str, schedule: str, epochs: int, steps: int) -> list[str]:
+    """Lines of a finetuning trainer of another length."""
+    key, mirroring, rate = parse_schedule(schedule)
+    module, trainer = SCHEDULES[key]
+    # nnU-Net's own variant goes on top: it changes what the trainers below it have set up.
+    parents = f"ContinuingTrainer, {'' if mirroring else 'nnUNetTrainerNoMirroring, '}"
+    if key == STOCK:
+        return _stock_subclass(name, parents + trainer, epochs, steps, rate)
+    lines = _subclass(name, f"{parents}{module}.{trainer}", epochs, steps, VALIDATION_STEPS)
+    return lines + ([] if rate is None else [f"    learning_rate = {rate!r}"])
+
+
+def _stock_subclass(name: str, parents: str, epochs: int, steps: int, rate: float | None) -> list[str]:
     """Lines of nnU-Net's trainer of another length, which it has no class attributes for."""
     return [
         "",
@@ -336,7 +351,7 @@ def _stock_subclass(name: str, parents: str, steps: int, rate: float | None) -> 
         f"class {name}({parents}):",
         "    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device('cuda')):",
         "        super().__init__(plans, configuration, fold, dataset_json, device)",
-        f"        self.num_epochs, self.num_iterations_per_epoch = {EPOCHS}, {steps}",
+        f"        self.num_epochs, self.num_iterations_per_epoch = {epochs}, {steps}",
         f"        self.num_val_iterations_per_epoch = {VALIDATION_STEPS}",
         *([] if rate is None else [f"        self.initial_lr = {rate!r}"]),
     ]

@@ -25,9 +25,9 @@ from nnssl_stc3d.views.samplers import TransformRanges
 def written(tmp_path):
     """Writes the trainers of methods and imports them as nnU-Net does, by file."""
 
-    def write(steps, schedules=SCHEDULES):
+    def write(steps, schedules=SCHEDULES, **more):
         file = tmp_path / "benchmark_trainers.py"
-        file.write_text(trainers_source(steps, 30, schedules), encoding="utf-8")
+        file.write_text(trainers_source(steps, 30, schedules, **more), encoding="utf-8")
         spec = importlib.util.spec_from_file_location("benchmark_trainers", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -65,6 +65,15 @@ def test_finetunings_of_every_kind_have_the_same_number_of_steps(written):
         assert [base.__name__ for base in trainer.__bases__] == ["ContinuingTrainer", parent]
         if schedule != "stock":
             assert trainer.epochs * trainer.steps_per_epoch == 30
+
+
+def test_longer_finetunings_and_those_that_are_measured(written):
+    schedules = ["stc3d@0.003", "stock"]
+    module = written({}, schedules, longer={"stc3d@0.003": 120, "stock": 0})
+    for length, (epochs, steps) in {30: (10, 3), 120: (10, 12), "calibration": (2, 20)}.items():
+        trainer = getattr(module, finetuning_trainer("stc3d@0.003", length))
+        assert (trainer.epochs, trainer.steps_per_epoch, trainer.learning_rate) == (epochs, steps, 0.003)
+    assert hasattr(module, "nnUNetTrainer_calibration") and not hasattr(module, "nnUNetTrainer_0steps")
 
 
 def test_finetunings_without_mirroring(written, tmp_path, monkeypatch, tiny_plans, tiny_dataset_json):
@@ -175,5 +184,5 @@ def test_options_that_a_method_does_not_have(option, reason):
 
 @pytest.mark.parametrize("names", [[], ["stc3d", "stc3d"], ["mae"], [""]])
 def test_unknown_methods(names):
-    with pytest.raises(ValueError, match="different methods of scratch, stc3d.*or variants"):
+    with pytest.raises(ValueError, match="different methods of scratch, scratch-longer, stc3d.*or variants"):
         find_methods(names)
