@@ -112,6 +112,17 @@ def test_check_names_every_unusable_case_at_once(folder, write):
     assert "case_0" not in message
 
 
+def test_ranks_share_the_cases_and_find_what_one_would(folder, write):
+    names = ["case_0", *(f"flat_{i}" for i in range(5))]
+    for name in names[1:]:
+        write(folder, name, np.full((1, 20, 20, 20), 3.0))
+    cases = CaseDataset(folder, names)
+    alone = cases.problems(VIEW, progress=False)
+    shares = [cases.problems(VIEW, progress=False, workers=2, share=(rank, 2)) for rank in (0, 1)]
+    assert [len(found) for found in shares] == [2, 3]
+    assert sorted(shares[0] + shares[1]) == alone == [f"flat_{i} is constant" for i in range(5)]
+
+
 def test_a_volume_of_16_voxels_is_accepted(tmp_path, write):
     write(tmp_path, "smallest", np.random.default_rng(0).normal(size=(1, 16, 16, 16)))
     CaseDataset(tmp_path, ["smallest"]).check(VIEW, progress=False)

@@ -239,8 +239,8 @@ class Workspace:
             if changed:
                 differences = ", ".join(f"{key}={before.get(key)}, now {now.get(key)}" for key in changed)
                 raise ValueError(
-                    f"the runs of {method.name} in {self.root} were made with {differences}. Set what differs with "
-                    f"--set, use the version of then, or choose another output folder."
+                    f"the runs of {method.name} in {self.root} were made with {differences}. Use the version of then, "
+                    "or choose another output folder."
                 )
         write_whole(file, json.dumps(known, indent=1) + "\n")
 
