@@ -16,11 +16,11 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnssl_stc3d.data.raw_files import list_cases
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, parse_schedule
 from nnssl_stc3d.evaluation.benchmark.same_images import find_same_images
 from nnssl_stc3d.files import written_whole
-from nnssl_stc3d.prepare.user_dataset import list_cases
 
 TRAINERS_FILE = "benchmark_trainers.py"
 # Pretrainings log their monitors as often as this, finetunings validate as often.
