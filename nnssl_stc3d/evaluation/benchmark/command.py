@@ -39,6 +39,8 @@ from nnssl_stc3d.evaluation.benchmark.workspace import (
     Dataset,
     Workspace,
     finetuning_trainer,
+    read_json,
+    trainers_source,
     write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
@@ -132,7 +134,8 @@ def benchmark(options: Options) -> int:
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
         steps = _steps(methods, options, settings, budget)
         lengths = _longer_lengths(options, budget, _known_seconds(options.output)) if longer else None
-        workspace.write_trainers(steps, options.finetuning_steps, options.schedules, longer=lengths)
+        source = trainers_source(steps, options.finetuning_steps, options.schedules, longer=lengths)
+        workspace.write_trainers(source)
         runs = plan(steps=steps, longer=lengths)
         folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
         tolerance = options.tolerance if surface_dice.is_available() else 0.0
@@ -227,8 +230,7 @@ def _pretraining(folder: Path, options: Options, target: Dataset) -> Dataset:
 
 def _known_seconds(output: Path) -> dict[str, float]:
     """Key of a method -> seconds of its step, as far as measured."""
-    file = output / "seconds_per_step.json"
-    known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known: dict[str, float] = read_json(output / "seconds_per_step.json", {})
     return known
 
 
@@ -248,8 +250,9 @@ def _steps(methods: Sequence[Method], options: Options, settings: Settings, budg
     steps = CALIBRATION_STEPS * (1 + options.workers)
     if missing or alone:
         _same_conditions(options)
+        unknown, unknown_alone = dict.fromkeys(methods, 0), dict.fromkeys(alone, 0)
         settings.workspace.write_trainers(
-            dict.fromkeys(methods, 0), options.finetuning_steps, options.schedules, steps, dict.fromkeys(alone, 0)
+            trainers_source(unknown, options.finetuning_steps, options.schedules, steps, unknown_alone)
         )
     wanted: dict[str, Method | str] = {method.key: method for method in missing}
     for key, what in (wanted | {_key_alone(schedule): schedule for schedule in alone}).items():
@@ -276,7 +279,7 @@ def _longer_lengths(options: Options, budget: Budget, known: dict[str, float]) -
 def _same_conditions(options: Options) -> None:
     """Methods get as many steps as fit into the budget, so all have to be measured under the same conditions."""
     file, now = options.output / "measured_with.json", {"threads": options.threads, "workers": options.workers}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+    before = read_json(file, now)
     if before != now:
         raise ValueError(
             f"expected --threads {before['threads']} --workers {before['workers']}, with which the seconds of a step "

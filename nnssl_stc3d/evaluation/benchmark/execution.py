@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
 from nnssl_stc3d.evaluation.benchmark.runs import PerturbedPrediction, Pretraining, Run, Settings
-from nnssl_stc3d.evaluation.benchmark.workspace import environment, write_whole
+from nnssl_stc3d.evaluation.benchmark.workspace import environment, read_json, write_whole
 from nnssl_stc3d.evaluation.commands import end_program
 
 TAIL_LINES = 15
@@ -85,7 +85,8 @@ def command_on_cases(command: str, settings: Settings) -> str:
 def read_cost(run: Run, settings: Settings) -> dict[str, Spent]:
     """What :func:`cost_file` says; nothing of a run that has not begun."""
     file = cost_file(run, settings)
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    cost: dict[str, Spent] = read_json(file, {})
+    return cost
 
 
 def _file_name(run: Run, settings: Settings) -> str:

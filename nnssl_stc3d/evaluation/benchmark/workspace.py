@@ -164,7 +164,7 @@ class Workspace:
             "device": device,
         }
         file = self.root / "data.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = read_json(file, {})
         for key, value in data.items():
             if known.get(key, value) != value:
                 raise ValueError(
@@ -180,9 +180,8 @@ class Workspace:
 
     def _searched(self) -> dict[str, Any]:
         """Cases of the pretraining dataset when the benchmark began, and which of them are left out."""
-        file = self.root / "pretraining_cases.json"
-        known: dict[str, Any] = {"cases": None, "left_out": {}}
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else known
+        known: dict[str, Any] = read_json(self.root / "pretraining_cases.json", {"cases": None, "left_out": {}})
+        return known
 
     def _without_test_cases(self, pretraining: Dataset, target: Dataset, split: Split) -> list[str]:
         """Cases that may be pretrained on. They are looked through once, for neither split nor data may change."""
@@ -230,7 +229,7 @@ class Workspace:
             ValueError: a method's runs in this folder had other options.
         """
         file = self.root / "methods.json"
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = read_json(file, {})
         for method in methods:
             # As it comes back from the file, in which tuples are lists.
             now = json.loads(json.dumps(method.config().to_dict()))
@@ -247,23 +246,15 @@ class Workspace:
     def fold(self, dataset: Dataset, split: Split, count: int, seed: int) -> int:
         """Number of the fold with some labelled cases; new folds are appended, so that numbers never change."""
         file, record = self.preprocessed / dataset.name / "splits_final.json", self.root / "folds.json"
-        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+        known = read_json(record, [])
         if [count, seed] not in known:
             known.append([count, seed])
             write_whole(file, json.dumps([split.fold(*key) for key in known], indent=1))
             write_whole(record, json.dumps(known) + "\n")
         return int(known.index([count, seed]))
 
-    def write_trainers(
-        self,
-        steps: Mapping[Method, int],
-        finetuning_steps: int,
-        schedules: Iterable[str],
-        calibration_steps: int = CALIBRATION_STEPS,
-        longer: Mapping[str, int] | None = None,
-    ) -> None:
-        """Writes the trainers of this benchmark, each a few lines; see :func:`trainers_source`."""
-        source = trainers_source(steps, finetuning_steps, schedules, calibration_steps, longer)
+    def write_trainers(self, source: str) -> None:
+        """Writes the trainers of this benchmark, which :func:`trainers_source` makes."""
         write_whole(self.trainers / TRAINERS_FILE, source)
 
 
@@ -408,6 +399,11 @@ def _link_as(link: Path, file: Path) -> None:
         return
     link.unlink(missing_ok=True)
     link.symlink_to(file.resolve())
+
+
+def read_json(file: Path, otherwise: Any) -> Any:
+    """Content of a file, or something else where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
 
 
 def write_whole(file: Path, text: str) -> None:

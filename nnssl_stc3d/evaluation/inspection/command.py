@@ -163,8 +163,7 @@ def _cases(
     if not all(label_file(folder, name).is_file() for name in chosen.identifiers):
         labels = {}
     cell = options.cell_mm or default_cell([images.shape(i) for i in chosen.identifiers], rule.spacing)
-    forward = list(request.plans["transpose_forward"])
-    z, y, x = (forward.index(axis) for axis in range(3))
+    z, y, x = request.plans["transpose_backward"]
     ignored = ignored_value(dataset_json)
     cases = InspectedCases(images, chosen.identifiers, rule, cell, labels, ignored, (z, y, x))
     if point is not None:

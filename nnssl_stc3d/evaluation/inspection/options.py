@@ -13,7 +13,6 @@ PARTS = ("spectrum", "similarity", "voxels", "invariance", "neighbours")
 PYRAMIDS = ("auto", "encoder", "decoder")
 EMBEDDINGS = ("features", "head")
 
-UNITS = ("voxels", "mm", "scan")
 _POINT = re.compile(r"\(?\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*,\s*([-+\d.]+)\s*\)?\s*(mm|scan)?")
 
 
@@ -81,10 +80,9 @@ class Point:
                     f"{','.join(map(str, first))} to {','.join(map(str, last))} (z,y,x of the scan)"
                 )
             last = [round(float((n - 1) * (s if self.unit == "mm" else 1)), 1) for n, s in zip(shape, spacing)]
-            unit = self.unit
             raise ValueError(
                 f"the point {self.position} lies outside {self.case}, which goes from 0,0,0 to "
-                f"{','.join(map(str, last))} {unit} (z,y,x of the preprocessed case)"
+                f"{','.join(map(str, last))} {self.unit} (z,y,x of the preprocessed case)"
             )
         return place
 
