@@ -18,13 +18,15 @@ def written_whole(path: str | os.PathLike[str], *, shared: bool = False) -> Iter
     Args:
         path: Destination; its folder must exist.
         shared: Whether several processes may write the destination at the same time. Each has a file of its own then.
-            Otherwise the name is fixed, and what a killed process left is overwritten by the next one.
+            Otherwise the name is fixed, and the next process removes what a killed one left.
 
     Yields:
         The path to write to.
     """
     destination = Path(path)
     beside = destination.with_name(f"{destination.name}.{os.getpid()}.tmp" if shared else f"{destination.name}.tmp")
+    # Of a process that was killed: it must not be taken for what the block writes.
+    beside.unlink(missing_ok=True)
     try:
         yield beside
         if beside.is_file():

@@ -35,6 +35,15 @@ def test_nothing_written_is_nothing_done(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_what_a_killed_process_left_is_not_taken(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("good")
+    (tmp_path / "file.tmp").write_text("ha")
+    with written_whole(file):
+        pass
+    assert file.read_text() == "good" and list(tmp_path.iterdir()) == [file]
+
+
 def test_several_processes_write_to_files_of_their_own(tmp_path, monkeypatch):
     path = tmp_path / "table.csv"
     with written_whole(path, shared=True) as ours:

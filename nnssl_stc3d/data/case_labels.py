@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl_stc3d.data.case_table import SPLITS, keep_patients_apart, read_case_table, read_splits
+from nnssl_stc3d.files import written_whole
 
 LABELS_FILE = "classification.csv"
 """Name of the table in a dataset's folder in nnUNet_preprocessed."""
+FOLDS_FILE = "classification_folds.json"
+"""Name of the file beside it that keeps the folds that were drawn: case -> fold in which it is validated."""
 N_FOLDS = 5
 
 _EXPECTED = (
@@ -72,16 +76,20 @@ def read_case_labels(file: Path, known: Collection[str], min_classes: int = 2) -
 
 
 def cases_of_fold(
-    labels: CaseLabels, fold: int | str, given: tuple[Sequence[str], Sequence[str]] | None = None
+    labels: CaseLabels, fold: int | str, kept: Path, given: tuple[Sequence[str], Sequence[str]] | None = None
 ) -> tuple[list[str], list[str]]:
     """Which labelled cases a fold trains and validates on.
 
     The table's fold or split decides if it has one. Otherwise patients are kept together in five stratified folds if
     the table names them, and ``given`` is used if not. Cases whose split is test are in neither.
 
+    Stratified folds are drawn once, as nnU-Net does it: what the table says later about labels moves no case, and
+    new patients are added to them. A case that a fold was trained on must never become one that validates it.
+
     Args:
         labels: the table.
         fold: number, or "all": everything for both.
+        kept: :data:`FOLDS_FILE` of the dataset. It is written if folds are drawn.
         given: training and validation cases of nnU-Net's own split.
 
     Raises:
@@ -96,7 +104,7 @@ def cases_of_fold(
             raise ValueError(f"The labels have one split, which is fold 0; got fold {fold}. Train fold 0 or all.")
         training, validation = ([case for case in usable if labels.splits[case] == name] for name in SPLITS[:2])
     else:
-        training, validation = _sides(labels, usable, int(fold), given)
+        training, validation = _sides(labels, usable, int(fold), kept, given)
     missing = [n for i, n in enumerate(labels.classes) if i not in {labels.labels[case] for case in training}]
     if missing or not validation:
         what = f"no training case of the class {missing[0]}" if missing else "no validation case"
@@ -112,15 +120,31 @@ def cases_of_fold(
 
 
 def _sides(
-    labels: CaseLabels, usable: list[str], fold: int, given: tuple[Sequence[str], Sequence[str]] | None
+    labels: CaseLabels, usable: list[str], fold: int, kept: Path, given: tuple[Sequence[str], Sequence[str]] | None
 ) -> tuple[list[str], list[str]]:
     if not labels.folds and not labels.patients:
         training, validation = given or ([], [])
         return [c for c in training if c in labels.labels], [c for c in validation if c in labels.labels]
-    folds = labels.folds or _stratified_folds(labels, usable)
+    folds = labels.folds or _kept_folds(labels, usable, kept)
     if fold not in folds.values():
         raise ValueError(f"Expected one of the folds {', '.join(map(str, sorted(set(folds.values()))))}, got {fold}.")
     return [c for c in usable if folds[c] != fold], [c for c in usable if folds[c] == fold]
+
+
+def _kept_folds(labels: CaseLabels, cases: list[str], kept: Path) -> dict[str, int]:
+    """The stratified folds that were drawn before, or new ones; patients that came later join the smallest fold."""
+    before: dict[str, int] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    folds = dict(before) or _stratified_folds(labels, cases)
+    patients = {labels.patients[case]: fold for case, fold in folds.items() if case in labels.patients}
+    for case in (case for case in cases if case not in folds):
+        alike = Counter(fold for other, fold in folds.items() if labels.labels.get(other) == labels.labels[case])
+        all_ = Counter(folds.values())
+        smallest = min(range(N_FOLDS), key=lambda fold: (alike[fold], all_[fold]))
+        folds[case] = patients.setdefault(labels.patients[case], smallest)
+    if folds != before:
+        with written_whole(kept, shared=True) as beside:
+            beside.write_text(json.dumps(folds, indent=1) + "\n", encoding="utf-8")
+    return folds
 
 
 def _stratified_folds(labels: CaseLabels, cases: list[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,16 +31,21 @@ def read_case_table(
     """
     if not file.is_file():
         raise ValueError(f"Expected the table {file}, {expected}. There is no such file; write it.")
-    with open(file, encoding="utf-8-sig", newline="") as opened:
-        header = opened.readline()
-        opened.seek(0)
-        reader = csv.DictReader(opened, delimiter=";" if ";" in header and "," not in header else ",")
-        names = [str(name).strip().lower() for name in reader.fieldnames or []]
-        reader.fieldnames = names
-        numbers, rows = [], []
-        for row in reader:
-            numbers.append(reader.line_num)
-            rows.append({k: (v or "").strip() for k, v in row.items() if isinstance(k, str)})
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Expected {file} in UTF-8, got another encoding (byte {error.start}). Spreadsheets call it 'CSV UTF-8'."
+        ) from error
+    header = text.partition("\n")[0]
+    delimiter = ";" if ";" in header and "," not in header else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    names = [str(name).strip().lower() for name in reader.fieldnames or []]
+    reader.fieldnames = names
+    numbers, rows = [], []
+    for row in reader:
+        numbers.append(reader.line_num)
+        rows.append({k: (v or "").strip() for k, v in row.items() if isinstance(k, str)})
     if not set(needed) <= set(names):
         raise ValueError(f"Expected {expected}; {file} has the columns {', '.join(names) or '(none)'}.")
     filled = [name for name in (*needed, *optional) if name in names]

@@ -188,7 +188,7 @@ def load_embedder(checkpoint: dict[str, Any], device: torch.device) -> VoxelEmbe
     Raises:
         ValueError: if the checkpoint's method does not embed voxels, or its heads are missing.
     """
-    name = checkpoint["method"]["name"]
+    name = (checkpoint.get("method") or {}).get("name", checkpoint.get("trainer_name"))
     if name not in METHODS:
         raise ValueError(f"expected a pretraining that contrasts voxels ({', '.join(METHODS)}), got one of {name}")
     if not checkpoint.get("method_state"):

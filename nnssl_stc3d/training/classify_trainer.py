@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import autocast, nn
 from torch import distributed as dist
 
-from nnssl_stc3d.data.case_labels import LABELS_FILE, CaseLabels, cases_of_fold, read_case_labels
+from nnssl_stc3d.data.case_labels import FOLDS_FILE, LABELS_FILE, CaseLabels, cases_of_fold, read_case_labels
 from nnssl_stc3d.modules.classifier import ClassifierNetwork, classify_volume
 from nnssl_stc3d.training.classification_metrics import classification_metrics, metrics_table, write_predictions
 from nnssl_stc3d.training.finetune_trainer import FinetuneTrainer
@@ -107,7 +107,8 @@ class ClassifyTrainer(FinetuneTrainer):
         """Labelled cases of the fold: by the table, or nnU-Net's split."""
         table = self.labels
         own = self.fold == "all" or table.folds or table.splits or table.patients
-        training, validation = cases_of_fold(table, self.fold, None if own else super().do_split())
+        kept = Path(self.preprocessed_dataset_folder_base) / FOLDS_FILE
+        training, validation = cases_of_fold(table, self.fold, kept, None if own else super().do_split())
         self.print_to_log_file(
             f"{len(training)} training cases ({table.counts(training)}), {len(validation)} validation cases "
             f"({table.counts(validation)})"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+# As older plans name them, which have no entry "architecture". nnU-Net converts such plans when it reads them.
+_OLD_ARCHITECTURES = ("PlainConvUNet", "ResidualEncoderUNet")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -27,7 +31,7 @@ def resolve_configuration(plans: dict[str, Any], configuration: str) -> dict[str
         configuration: Name such as ``3d_fullres``.
 
     Returns:
-        A copy of the configuration.
+        A copy of the configuration, with the architecture in nnU-Net's present form if the plans have an older one.
 
     Raises:
         ValueError: If the plans do not have it, or it inherits from itself.
@@ -47,6 +51,8 @@ def resolve_configuration(plans: dict[str, Any], configuration: str) -> dict[str
     resolved: dict[str, Any] = {}
     for entry in reversed(chain):
         resolved.update(deepcopy(entry))
+    if "architecture" not in resolved and resolved.get("UNet_class_name") in _OLD_ARCHITECTURES:
+        resolved = ConfigurationManager(resolved).configuration
     return resolved
 
 

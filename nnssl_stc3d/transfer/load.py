@@ -242,12 +242,13 @@ def _transferred_parts(
     if not isinstance(method, dict):
         carried = {key.split(".")[0] for key in network_weights(checkpoint)}
         # A classifier has no decoder. Of others everything is expected.
-        return tuple(name for name in existing if name in carried) if _has_backbone(checkpoint) else existing
-    parts = tuple(method["transfers"])
+        parts = tuple(name for name in existing if name in carried) if _has_backbone(checkpoint) else existing
+    else:
+        parts = tuple(method["transfers"])
     if reads is not None:
         if set(reads) - set(parts):
             raise ValueError(
-                f"This network reads the {' and '.join(reads)}, but the checkpoint pretrained only the "
+                f"This network reads the {' and '.join(reads)}, but the checkpoint carries only the "
                 f"{' and '.join(parts)}. Use a trainer that reads only that, such as STC3DLinearProbeTrainer."
             )
         return reads

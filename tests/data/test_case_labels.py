@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnssl_stc3d.data.case_labels import cases_of_fold, read_case_labels
+from nnssl_stc3d.data.case_labels import FOLDS_FILE, cases_of_fold, read_case_labels
 
 KNOWN = {f"case_{i:02d}" for i in range(30)}
 
@@ -62,66 +62,106 @@ def test_a_missing_table_says_what_it_should_hold(tmp_path):
         read_case_labels(tmp_path / "classification.csv", KNOWN)
 
 
+def test_another_encoding_is_named(tmp_path):
+    file = tmp_path / "classification.csv"
+    file.write_bytes("case;label\r\ncase_00;Entzündung\r\n".encode("cp1252"))
+    with pytest.raises(ValueError, match="classification.csv in UTF-8, got another encoding .byte 24.*CSV UTF-8"):
+        read_case_labels(file, KNOWN)
+
+
 def test_one_class_may_be_enough(table):
     assert table("case,label\ncase_00,a\n", min_classes=1).classes == ("a",)
 
 
-def rows(**columns) -> str:
+@pytest.fixture
+def kept(tmp_path):
+    return tmp_path / FOLDS_FILE
+
+
+def rows(cases: int = len(KNOWN), **columns) -> str:
     lines = [",".join(("case", "label", *columns))]
-    for i, case in enumerate(sorted(KNOWN)):
+    for i, case in enumerate(sorted(KNOWN)[:cases]):
         lines.append(",".join((case, "ab"[i % 2], *(str(values(i)) for values in columns.values()))))
     return "\n".join(lines)
 
 
-def test_folds_of_the_table_decide(table):
+def test_folds_of_the_table_decide(table, kept):
     labels = table(rows(fold=lambda i: i % 3))
-    training, validation = cases_of_fold(labels, 1)
+    training, validation = cases_of_fold(labels, 1, kept)
     assert validation == [f"case_{i:02d}" for i in range(30) if i % 3 == 1]
     assert sorted(training + validation) == sorted(KNOWN)
     with pytest.raises(ValueError, match="folds 0, 1, 2, got 3"):
-        cases_of_fold(labels, 3)
+        cases_of_fold(labels, 3, kept)
 
 
-def test_a_split_of_the_table_decides_and_test_cases_stay_out(table):
+def test_a_split_of_the_table_decides_and_test_cases_stay_out(table, kept):
     labels = table(rows(split=lambda i: ("train", "val", "test")[i // 10]))
-    training, validation = cases_of_fold(labels, 0)
+    training, validation = cases_of_fold(labels, 0, kept)
     assert len(training) == len(validation) == 10 and "case_20" not in training + validation
-    assert cases_of_fold(labels, "all") == ([f"case_{i:02d}" for i in range(20)],) * 2
+    assert cases_of_fold(labels, "all", kept) == ([f"case_{i:02d}" for i in range(20)],) * 2
     with pytest.raises(ValueError, match="which is fold 0; got fold 1"):
-        cases_of_fold(labels, 1)
+        cases_of_fold(labels, 1, kept)
 
 
-def test_patients_are_kept_together_in_stratified_folds(table):
+def test_patients_are_kept_together_in_stratified_folds(table, kept):
     labels = table(rows(patient=lambda i: f"p{i // 2}"))
     validated: list[str] = []
     for fold in range(5):
-        training, validation = cases_of_fold(labels, fold)
+        training, validation = cases_of_fold(labels, fold, kept)
         assert not {labels.patients[c] for c in training} & {labels.patients[c] for c in validation}
         assert len(validation) == 6 and sum(labels.labels[c] for c in validation) == 3
-        assert cases_of_fold(labels, fold) == (training, validation)
+        assert cases_of_fold(labels, fold, kept) == (training, validation)
         validated += validation
     assert sorted(validated) == sorted(KNOWN)
     with pytest.raises(ValueError, match="at least 5 patients, got 2"):
-        cases_of_fold(table(rows(patient=lambda i: i % 2)), 0)
+        cases_of_fold(table(rows(patient=lambda i: i % 2)), 0, kept.with_name("other.json"))
 
 
-def test_a_patient_on_both_sides_is_refused(table):
+def test_what_the_table_says_later_moves_no_case(table, kept):
+    def validated(labels):
+        return {case: fold for fold in range(5) for case in cases_of_fold(labels, fold, kept)[1]}
+
+    early = validated(table(rows(cases=22, patient=lambda i: f"p{i // 2}")))
+    corrected = table(rows(cases=22, patient=lambda i: f"p{i // 2}").replace("case_03,b", "case_03,a"))
+    assert validated(corrected) == early
+
+    # Two patients more, and a further case of an early one; the smallest folds get them.
+    late = table(rows(cases=27, patient=lambda i: f"p{i // 2}" if i < 26 else "p0"))
+    folds = validated(late)
+    assert {case: folds[case] for case in early} == early and len(folds) == 27
+    assert folds["case_26"] == early["case_00"] and folds["case_22"] == folds["case_23"]
+    before = [list(early.values()).count(fold) for fold in range(5)]
+    assert sorted(before) == [4, 4, 4, 4, 6] and folds["case_22"] != folds["case_24"]
+    assert before[folds["case_22"]] == before[folds["case_24"]] == 4
+
+    # Cases that leave the table and come back are where they were.
+    validated(table(rows(cases=20, patient=lambda i: f"p{i // 2}")))
+    assert validated(late) == folds
+
+
+def test_only_drawn_folds_are_kept(table, kept):
+    cases_of_fold(table(rows(fold=lambda i: i % 3)), 1, kept)
+    cases_of_fold(table(rows(patient=lambda i: i)), "all", kept)
+    assert not kept.exists()
+
+
+def test_a_patient_on_both_sides_is_refused(table, kept):
     labels = table(rows(patient=lambda i: f"p{i // 2}", fold=lambda i: i % 5))
     with pytest.raises(ValueError, match="patients have cases in both training and validation of fold 0, such as p0"):
-        cases_of_fold(labels, 0)
+        cases_of_fold(labels, 0, kept)
     tested = table(
         rows(patient=lambda i: f"p{i % 15}", split=lambda i: ("train", "test")[i // 15] if i % 15 else "val")
     )
     for fold in (0, "all"):
         with pytest.raises(ValueError, match="14 patients have cases in both training or validation and test"):
-            cases_of_fold(tested, fold)
+            cases_of_fold(tested, fold, kept)
 
 
-def test_without_columns_nnunets_split_is_used_for_the_labelled_cases(table):
+def test_without_columns_nnunets_split_is_used_for_the_labelled_cases(table, kept):
     labels = table("case,label\ncase_00,a\ncase_01,b\ncase_02,a\n")
     given = (["case_00", "case_01", "case_09"], ["case_02", "case_10"])
-    assert cases_of_fold(labels, 0, given) == (["case_00", "case_01"], ["case_02"])
+    assert cases_of_fold(labels, 0, kept, given) == (["case_00", "case_01"], ["case_02"])
     with pytest.raises(ValueError, match="no training case of the class b .1 training and 1 validation"):
-        cases_of_fold(labels, 0, (["case_00"], ["case_02"]))
+        cases_of_fold(labels, 0, kept, (["case_00"], ["case_02"]))
     with pytest.raises(ValueError, match="no validation case"):
-        cases_of_fold(labels, 0, (["case_00", "case_01"], ["case_09"]))
+        cases_of_fold(labels, 0, kept, (["case_00", "case_01"], ["case_09"]))

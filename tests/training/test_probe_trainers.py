@@ -209,7 +209,7 @@ def test_without_weights_the_log_says_that_features_are_random(make_trainer, wit
 
 
 def test_a_checkpoint_without_the_decoder_that_is_probed_is_refused(
-    make_trainer, tiny_plans, pretraining_checkpoint, tmp_path
+    make_trainer, without_data, tiny_plans, pretraining_checkpoint, tmp_path
 ):
     torch.save(pretraining_checkpoint(tiny_plans(), transfers=("encoder",)), tmp_path / "pretrained.pth")
     encoder = make_trainer(Linear, fold=0)
@@ -218,8 +218,16 @@ def test_a_checkpoint_without_the_decoder_that_is_probed_is_refused(
     assert not encoder.backbone_is_random
     decoder = make_trainer(LinearDecoder, fold=0)
     decoder.initialize()
-    with pytest.raises(ValueError, match="reads the encoder and decoder.*pretrained only the encoder.*LinearProbe"):
+    refusal = "reads the encoder and decoder.*carries only the encoder.*LinearProbe"
+    with pytest.raises(ValueError, match=refusal):
         run_training.load_pretrained_weights(decoder.network, str(tmp_path / "pretrained.pth"))
+    # A probe of the encoder, and so a classifier, has no decoder either.
+    encoder.on_train_start()
+    encoder.save_checkpoint(str(tmp_path / "probe.pth"))
+    decoder = make_trainer(LinearDecoder, fold=0)
+    decoder.initialize()
+    with pytest.raises(ValueError, match=refusal):
+        run_training.load_pretrained_weights(decoder.network, str(tmp_path / "probe.pth"))
 
 
 def test_other_plans_are_refused_as_in_finetuning_and_untrained_stages_named(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nnssl_stc3d.transfer.adaptation_plan import build_adaptation_plan, resolve_configuration, unwrap
+from nnssl_stc3d.transfer.differences import PlansReference, describe_plans
 
 # What nnU-Net's repository reads from a checkpoint.
 FIELDS = {
@@ -61,6 +62,37 @@ def test_inherited_configuration_is_resolved(tiny_plans):
     assert resolved["spacing"] == [1.5, 1.0, 1.0]
     with pytest.raises(ValueError, match=r"no usable configuration 2d.*3d_fullres"):
         resolve_configuration(plans, "2d")
+
+
+def old_form(plans, configuration):
+    """The same plans as nnU-Net wrote them before it had an entry for the architecture."""
+    entry = plans["configurations"][configuration]
+    kwargs = entry.pop("architecture")["arch_kwargs"]
+    entry["UNet_class_name"], entry["num_pool_per_axis"] = "PlainConvUNet", [2, 2, 2]
+    entry["UNet_base_num_features"] = kwargs["features_per_stage"][0]
+    entry["unet_max_num_features"] = kwargs["features_per_stage"][-1]
+    for old, new in (
+        ("conv_kernel_sizes", "kernel_sizes"),
+        ("pool_op_kernel_sizes", "strides"),
+        ("n_conv_per_stage_encoder", "n_conv_per_stage"),
+        ("n_conv_per_stage_decoder", "n_conv_per_stage_decoder"),
+    ):
+        entry[old] = kwargs[new]
+    return plans
+
+
+def test_old_plans_have_the_architecture_that_nnunet_gives_them(tiny_plans, tiny_network, configuration):
+    plans, old = tiny_plans(), old_form(tiny_plans(), configuration)
+    found = resolve_configuration(old, configuration)["architecture"]
+    wanted = plans["configurations"][configuration]["architecture"]
+    assert found["network_class_name"] == wanted["network_class_name"]
+    assert {key: found["arch_kwargs"][key] for key in ("n_stages", "strides", "features_per_stage")} == {
+        key: wanted["arch_kwargs"][key] for key in ("n_stages", "strides", "features_per_stage")
+    }
+    assert "architecture" not in old["configurations"][configuration]
+    new, kept = (describe_plans(PlansReference(content, configuration)) for content in (plans, old))
+    assert new == kept
+    assert set(build_adaptation_plan(old, configuration, 1, tiny_network(plans))) == FIELDS
 
 
 def test_wrong_channels_are_refused(tiny_plans, tiny_network, configuration):

@@ -12,13 +12,16 @@ from nnssl_stc3d.evaluation.inspection.report import RESULTS, is_own
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that something else filled.
+    """Refuse a folder that something else filled, or that cannot be written to.
 
     Raises:
         ValueError: if it holds files and no results of an inspection, unless they may be overwritten.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder to write to, got the file {folder}")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"expected a folder to write to, got no right to write into {existing}. Give another folder.")
     if overwrite or not folder.is_dir() or not any(folder.iterdir()) or _own(folder):
         return
     raise ValueError(
@@ -28,13 +31,13 @@ def check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files beside the folder first, then move them in, the page's numbers last.
+    """Write all files into a folder inside first, then move them in, the page's numbers last.
 
     Files of an earlier inspection that this one did not make are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stale = _listed(folder) - set(files)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".inspect-") as temporary:
         for name, content in files.items():
             (Path(temporary) / name).write_bytes(content)
         for name in sorted(files, key=lambda n: n == RESULTS):

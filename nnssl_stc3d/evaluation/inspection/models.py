@@ -153,7 +153,10 @@ def load_model(
         raise ValueError(f"{source} trained only the {' and '.join(trained)}. Use --pyramid auto or encoder.")
     network = _network(checkpoint, view_shape, window)
     load_pretrained(network, checkpoint)
-    return _model(network, checkpoint, name, window, device, pyramid, embedding)
+    try:
+        return _model(network, checkpoint, name, window, device, pyramid, embedding)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def scratch_model(

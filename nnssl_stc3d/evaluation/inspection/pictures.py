@@ -111,6 +111,7 @@ def neighbours_figure(
     spacing: tuple[float, float, float],
     outlines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     query_outline: np.ndarray | None = None,
+    scan_layers: Mapping[str, Mapping[str, float]] | None = None,
 ) -> bytes:
     """The point, and for each network the best place of each other case in an axial slice.
 
@@ -121,6 +122,7 @@ def neighbours_figure(
         spacing: mm per voxel, (z, y, x).
         outlines: like ``slices``, mask of the structure that holds the point.
         query_outline: the same in the point's slice.
+        scan_layers: like ``slices``, the slice's number in the scan, counted from 0, where it is known.
     """
     cases = list(next(iter(slices.values())))
     aspect = spacing[1] / spacing[2]
@@ -135,10 +137,9 @@ def neighbours_figure(
             _axial(axis, slices[name][case], outline, aspect)
             best = next(place for place in places if place.case == case)
             _cross(axis, best.voxel[2], best.voxel[1], _POINT_COLOUR)
-            axis.set_title(
-                f"{case}, slice {best.voxel[0]:.0f}\ncosine {best.cosine:.2f}, back {best.way_back_mm:.0f} mm",
-                fontsize=8,
-            )
+            layer = scan_layers[name].get(case) if scan_layers else None
+            where = f"preprocessed slice {best.voxel[0]:.0f}" if layer is None else f"slice {layer:.0f} of the scan"
+            axis.set_title(f"{case}, {where}\ncosine {best.cosine:.2f}, back {best.way_back_mm:.0f} mm", fontsize=8)
     return to_png(figure)
 
 

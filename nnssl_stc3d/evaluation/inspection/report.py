@@ -171,11 +171,14 @@ def _neighbours(found: Inspection, cases: InspectedCases) -> _Part:
     wanted = _label_at(found.labels.get(case), voxel)
     slices: dict[str, dict[str, np.ndarray]] = {}
     outlines: dict[str, dict[str, np.ndarray]] = {}
+    scan_layers: dict[str, dict[str, float]] = {}
+    grids = {name: grid for name in others if (grid := cases.scan_grid(name)) is not None}
     rows = []
     for model, places in found.places.items():
         best = {place.case: place for place in places if place.rank == 1}
         layers = {name: cases.in_scan(best[name].voxel)[0] for name in others}
         slices[model] = {name: cases.axial_image(name, layer) for name, layer in layers.items()}
+        scan_layers[model] = {name: grid.to_scan(best[name].voxel)[0] for name, grid in grids.items()}
         if wanted:
             outlines[model] = {name: cases.axial(found.labels[name], layer) == wanted for name, layer in layers.items()}
         cosine, back = (float(np.mean([getattr(p, key) for p in best.values()])) for key in ("cosine", "way_back_mm"))
@@ -189,6 +192,7 @@ def _neighbours(found: Inspection, cases: InspectedCases) -> _Part:
         cases.in_scan(cases.spacing),
         outlines if wanted else None,
         cases.axial(found.labels[case], at[0]) == wanted if wanted else None,
+        scan_layers,
     )
     note = (
         f"Places of other cases whose voxel embedding is most similar to that of {_where(voxel, cases)} of {case} "

@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import pickle
+from pathlib import Path
 
 import blosc2
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -158,6 +160,10 @@ def test_the_methods_own_embedding(tiny_plans, tiny_network, pretraining_checkpo
     model.embedder.calibrate([volume], [(4, 4, 4)], 128)
     assert model.embedder(volume, (4, 4, 4)).shape == (8, 4, 4, 4)
     assert model.reads == "the method's own voxel embedding"
+    stock = {"trainer_name": "STC3DFinetuneTrainer", "network_weights": method.network.state_dict()}
+    stock["init_args"] = {key: saved[key] for key in ("plans", "configuration", "dataset_json")}
+    with pytest.raises(ValueError, match="b.pth: expected a pretraining that contrasts voxels.*STC3DFinetuneTrainer"):
+        load_model(stock, "stock", "b.pth", (8, 8, 8), (16, 16, 16), CPU, embedding="head")
 
 
 def test_names_are_different():
@@ -355,6 +361,46 @@ def test_only_what_an_inspection_lists_is_removed(tmp_path):
     assert (tmp_path / "keep.png").exists() and [f.name for f in tmp_path.iterdir() if f.name[0] == "."] == []
     with pytest.raises(ValueError, match="got the file"):
         check_folder(folder / "own.png", overwrite=True)
+
+
+def test_files_are_moved_within_the_folder_which_may_be_a_disk_of_its_own(tmp_path, monkeypatch):
+    moves = []
+
+    def move(source, target):
+        moves.append((Path(source), Path(target)))
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", move)
+    folder = tmp_path / "out"
+    write_folder(folder, {"results.json": b"{}", "new.png": b"3"})
+    assert [target.name for _, target in moves] == ["new.png", "results.json"]
+    assert all(folder in source.parents for source, _ in moves)
+    assert {f.name for f in folder.iterdir()} == {"results.json", "new.png"}
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    check_folder(folder, overwrite=True)
+    with pytest.raises(ValueError, match="no right to write into"):
+        check_folder(tmp_path / "other" / "deep", overwrite=False)
+
+
+def test_the_figure_of_neighbours_counts_the_slices_of_the_scan(dataset, checkpoint, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **_: titles.append(text))
+    shape = CaseDataset(dataset / "nnUNetPlans_3d_fullres", NAMES).shape("case_2")
+    kept = {
+        "shape_after_cropping_and_before_resampling": tuple(2 * n for n in shape),
+        "bbox_used_for_cropping": [[10, 10 + 2 * n] for n in shape],
+    }
+    (dataset / "nnUNetPlans_3d_fullres" / "case_2.pkl").write_bytes(pickle.dumps(kept))
+    (dataset / "nnUNetPlans_3d_fullres" / "case_4.pkl").unlink(missing_ok=True)
+    command = ["inspect", checkpoint(), "-d", "801", "-o", str(tmp_path / "out"), "--parts", "neighbours", *SMALL]
+    assert main([*command, "--point", "case_3", "6,8,8"]) == 0
+    with (tmp_path / "out" / "neighbours.csv").open() as file:
+        best = {row["case"]: row for row in csv.DictReader(file) if row["rank"] == "1" and row["network"] != "scratch"}
+    assert float(best["case_2"]["z_scan"]) >= 10
+    text = "\n".join(titles)
+    assert f"case_2, slice {float(best['case_2']['z_scan']):.0f} of the scan" in text
+    assert f"case_4, preprocessed slice {float(best['case_4']['z']):.0f}" in text
 
 
 def test_slices_are_those_of_the_scan_whatever_the_order_of_axes(tmp_path):
