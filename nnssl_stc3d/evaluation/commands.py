@@ -11,7 +11,8 @@ import subprocess
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +20,8 @@ from time import perf_counter
 from tqdm import tqdm
 
 TAIL_LINES = 25
+# That a program gets to end by itself, once it is asked to.
+SECONDS_TO_END = 10.0
 # Seconds between two drawings of a bar, in a terminal and in a file that keeps every drawing.
 REDRAW_TERMINAL, REDRAW_FILE = 0.2, 15.0
 # Reads one line of output; returns (finished steps, all steps or None where unknown), or None if the line says
@@ -141,7 +144,7 @@ class CommandRunner:
             tail = self._follow(process, command)
             code = process.wait()
         finally:
-            end_program(process)
+            end_programs([process])
         if code != 0:
             raise RuntimeError(
                 f"This command failed with exit code {code}:\n  {command.shown()}\nThe end of its output:\n"
@@ -185,19 +188,35 @@ class CommandRunner:
         return list(tail)
 
 
-def end_program(process: subprocess.Popen[str]) -> None:
-    """Ends a program that still runs, with the workers that it started."""
-    if process.poll() is not None:
-        return
-    if hasattr(os, "killpg"):
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.terminate()
+def end_programs(processes: Iterable[subprocess.Popen[str]]) -> None:
+    """Ends programs that still run, with the workers that they started; those that do not end in time are killed.
+
+    An interrupt while they are waited for kills them at once.
+    """
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        _send(process, "SIGTERM")
+    latest = perf_counter() + SECONDS_TO_END
     try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, latest - perf_counter()))
+    finally:
+        left = [process for process in running if process.poll() is None]
+        for process in left:
+            _send(process, "SIGKILL")
+        for process in left:
+            process.wait()
+
+
+def _send(process: subprocess.Popen[str], name: str) -> None:
+    """Sends a signal to a program and its workers, which have a session of their own."""
+    if not hasattr(os, "killpg"):
+        process.terminate()
+        return
+    # It may have ended since it was looked at.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, getattr(signal, name))
 
 
 def epochs_done() -> ProgressReader:

@@ -203,7 +203,7 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
                     interpolation="nearest",
                     aspect=spacing[1] / spacing[2],
                 )
-            axis.set_title(title if axis is not row[0] else f"{case.name}, slice {index}", fontsize=9)
+            axis.set_title(title if axis is not row[0] else f"{case.name}, slice {index}", fontsize=9, parse_math=False)
     patches = [Patch(color=colours(value - 1), label=name.replace("_", " ")) for name, value in labels.items()]
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(6, max(1, len(patches))), fontsize=8, frameon=False

@@ -24,14 +24,19 @@ def _signals():
 
 
 @pytest.fixture
-def benchmark(raw, tmp_path, tiny_plans):
+def benchmark(raw, tmp_path, tiny_plans, tiny_dataset_json):
     """Runs the command on datasets whose cases are empty files; returns its exit code."""
     for name in (DATASET, OTHER):
-        (raw / name).mkdir()
-        (raw / name / "dataset.json").write_text("{}")
+        for part in ("imagesTr/case_{}_0000", "labelsTr/case_{}"):
+            for case in range(12):
+                file = raw / name / f"{part.format(case)}{tiny_dataset_json()['file_ending']}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
         folder = tmp_path / "nnUNet_preprocessed" / name
         (folder / "nnUNetPlans_3d_fullres").mkdir(parents=True)
         (folder / "nnUNetPlans.json").write_text(json.dumps(tiny_plans()))
+        for place in (raw / name, folder):
+            (place / "dataset.json").write_text(json.dumps(tiny_dataset_json()))
         for case in range(12):
             (folder / "nnUNetPlans_3d_fullres" / f"case_{case}_seg.b2nd").touch()
 
@@ -110,6 +115,8 @@ def test_a_split_of_ones_own(benchmark, tmp_path, capsys):
         (["-c", "2d"], "has no configuration 2d, but 3d_fullres"),
         (["--seeds", "0"], "at least one seed"),
         (["--test-cases", "0"], "for 0 test and 2 validation cases"),
+        (["--pretrain-plans", "noPlans"], "plans of --pretrain-dataset, which is not given"),
+        (["--methods", "scratch,vox2vec-paper", "--dry-run"], "vox2vec-paper: "),
         (["--pretrain-dataset", "801", "--pretrain-plans", "noPlans"], "expected plans .*801_Unlabelled/noPlans.json"),
     ],
 )
@@ -117,6 +124,30 @@ def test_what_cannot_be_is_refused_before_anything_is_written(benchmark, tmp_pat
     assert benchmark(*arguments) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "benchmark").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": [16, 16]}, "the benchmark supports 3D configurations"),
+        ({"previous_stage": "3d_lowres"}, "the benchmark does not support cascades"),
+    ],
+)
+def test_configurations_that_cannot_be_pretrained(benchmark, tmp_path, tiny_plans, capsys, change, message):
+    plans = tiny_plans()
+    plans["configurations"]["3d_fullres"].update(change)
+    (tmp_path / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json").write_text(json.dumps(plans))
+    assert benchmark("--dry-run") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_case_without_its_label_can_be_left_out(benchmark, tmp_path, raw, tiny_dataset_json, capsys):
+    ending = tiny_dataset_json()["file_ending"]
+    for case in range(12):
+        (raw / DATASET / "labelsTr" / f"case_{case}{ending}").unlink()
+    assert benchmark() == 1
+    assert "found 1 and no label map" in capsys.readouterr().err
+    assert not (tmp_path / "benchmark").exists(), "so that the same folder takes another split"
 
 
 def test_the_plan_knows_what_is_finished_and_how_long_it_took(benchmark, tmp_path, capsys):
@@ -165,6 +196,12 @@ def test_methods_are_measured_under_the_same_conditions(benchmark, tmp_path, raw
         command, "_seconds_per_step", lambda method, steps, *_: measured.append((method.name, steps)) or 1.0
     )
     monkeypatch.setattr(command, "execute_all", lambda *_: [])
+    working = command._seconds_per_step
+    monkeypatch.setattr(
+        command, "_seconds_per_step", lambda *_: (_ for _ in ()).throw(RuntimeError("too many workers"))
+    )
+    assert benchmark("--budget", "100s", "--threads", 1, "--workers", 20) == 1
+    monkeypatch.setattr(command, "_seconds_per_step", working)
     # No run is finished, so that there is nothing to report.
     assert benchmark("--budget", "100s", "--threads", 1, "--workers", 2) == 1
     assert benchmark("--budget", "100s", "--threads", 2) == 1

@@ -52,7 +52,9 @@ def make_comparison(tmp_path, **changes):
         "pretraining": PRETRAINING,
         "scratch_curves": CURVES,
         "pretrained_curves": CURVES,
-        "overlay_cases": [Overlay("case <1>", files[0], files[1], {"from scratch": files[2], "pretrained": files[3]})],
+        "overlay_cases": [
+            Overlay("case <1> p$1_$2", files[0], files[1], {"from scratch": files[2], "pretrained": files[3]})
+        ],
         "commands": "nnUNetv2_train > out && echo 'done'",
         "stages": [("pretrain", 61.0), ("finetune", 39.0)],
     }

@@ -12,6 +12,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnssl_stc3d.evaluation.benchmark import surface_dice
@@ -44,6 +45,8 @@ from nnssl_stc3d.evaluation.benchmark.workspace import (
     write_whole,
 )
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
+from nnssl_stc3d.evaluation.voxel_embeddings import build_network
+from nnssl_stc3d.training.preflight import check_configuration
 from nnssl_stc3d.transfer.adapt import Adaptation
 from nnssl_stc3d.transfer.differences import PREPROCESSING, PlansReference, aligned_name, compare, describe_plans
 
@@ -97,6 +100,7 @@ def benchmark(options: Options) -> int:
     perturbed = perturbed_kinds(options.robustness)
     target = _dataset(options.target, options.target_raw, options.plans, options.configuration)
     pretraining = _pretraining(options.pretraining, options, target) if options.pretraining else None
+    _check_networks(methods, pretraining or target)
     names = target.cases()
     wanted = (options.test_cases, options.validation_cases)
     drawn = (
@@ -108,6 +112,7 @@ def benchmark(options: Options) -> int:
     plan = partial(
         plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
     )
+    target.raw_cases([*drawn.test, *drawn.validation])
     workspace = Workspace(options.output)
     settings = Settings(
         workspace, target, pretraining or target, drawn, options.device, options.mirroring, cases,
@@ -181,6 +186,8 @@ def _check(options: Options) -> tuple[Budget, list[Method], bool, str]:
         raise ValueError(f"--nsd-tolerance is a distance in mm, or 0 to leave it out, got {options.tolerance}")
     if options.finetuning_steps < EPOCHS or options.finetuning_steps % EPOCHS:
         raise ValueError(f"--finetuning-steps must be a multiple of {EPOCHS}, got {options.finetuning_steps}")
+    if options.pretraining_plans and not options.pretraining:
+        raise ValueError("--pretrain-plans names plans of --pretrain-dataset, which is not given")
     if options.pretraining == options.target:
         raise ValueError(
             "leave --pretrain-dataset out: its cases are those of -d, and test cases are not pretrained on"
@@ -205,7 +212,19 @@ def _dataset(preprocessed: Path, raw: Path | None, name: str, configuration: str
     plans = json.loads(file.read_text(encoding="utf-8"))
     if configuration not in plans["configurations"]:
         raise ValueError(f"{file} has no configuration {configuration}, but {', '.join(plans['configurations'])}")
+    check_configuration(plans, configuration, "the benchmark")
     return Dataset(raw, preprocessed, plans, configuration)
+
+
+def _check_networks(methods: Sequence[Method], dataset: Dataset) -> None:
+    """Refuses methods that cannot pretrain the network of the plans: their trainers would say so only after others."""
+    if not methods:
+        return
+    description = json.loads((dataset.preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    network = build_network(dataset.plans, dataset.configuration, description)
+    patch_size = PlansManager(dataset.plans).get_configuration(dataset.configuration).patch_size
+    for method in methods:
+        method.check_network(network, patch_size)
 
 
 def _pretraining(folder: Path, options: Options, target: Dataset) -> Dataset:
@@ -280,7 +299,7 @@ def _same_conditions(options: Options) -> None:
     """Methods get as many steps as fit into the budget, so all have to be measured under the same conditions."""
     file, now = options.output / "measured_with.json", {"threads": options.threads, "workers": options.workers}
     before = read_json(file, now)
-    if before != now:
+    if before != now and _known_seconds(options.output):
         raise ValueError(
             f"expected --threads {before['threads']} --workers {before['workers']}, with which the seconds of a step "
             f"were measured in {options.output}, got {options.threads} and {options.workers}: methods would not get "

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from time import time
 
 from tqdm import tqdm
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.energy import gpu_joules
 from nnssl_stc3d.evaluation.benchmark.runs import PerturbedPrediction, Pretraining, Run, Settings
-from nnssl_stc3d.evaluation.benchmark.workspace import environment, read_json, write_whole
-from nnssl_stc3d.evaluation.commands import end_program
+from nnssl_stc3d.evaluation.benchmark.workspace import UNFINISHED, environment, read_json, write_whole
+from nnssl_stc3d.evaluation.commands import end_programs
 
 TAIL_LINES = 15
 TRAIN, EVALUATE = "nnUNetv2_train", "nnUNetv2_evaluate_folder"
@@ -64,8 +65,7 @@ class Programs:
         with self._lock:
             self._ended = True
             running = list(self._running)
-        for process in running:
-            end_program(process)
+        end_programs(running)
 
 
 def cost_file(run: Run, settings: Settings) -> Path:
@@ -157,7 +157,7 @@ def execute(
     metered = alone and settings.device == "cuda"
     for words in run.commands(settings):
         command = words[0] if words[0] == TRAIN else command_on_cases(words[0], settings)
-        name = unfinished = f"{command}, unfinished"
+        name = unfinished = command + UNFINISHED
         earlier = cost.pop(unfinished, None)
         before, begin = gpu_joules(gpu) if metered else None, time()
         try:
@@ -195,17 +195,22 @@ def execute_all(
         workers: nnUNet_n_proc_DA of each run.
         jobs: runs side by side, on each GPU where there are several.
         gpus: names for CUDA_VISIBLE_DEVICES.
-        on_seed: called with the seeds that are left, whenever all runs of a seed are over and others are left.
+        on_seed: called with the seeds that are left, whenever all runs of a seed are over and others are left. It is
+            called in a thread of its own, so that no run waits for it.
 
     Returns:
         Messages of the failures.
     """
-    waiting = [run for run in runs if run.commands(settings)]
+    waiting = [run for run in runs if _left_to_do(run, settings)]
     slots = [gpu for gpu in gpus or [""] for _ in range(jobs)]
     failures: list[str] = []
     programs = Programs()
     failed: set[Run | None] = set()
     running: dict[Future[None], tuple[Run, str]] = {}
+    seeds_over: SimpleQueue[set[int] | None] = SimpleQueue()
+    # A daemon, so that an interrupt does not wait for it.
+    reporter = threading.Thread(target=_for_each, args=(seeds_over, on_seed), daemon=True)
+    reporter.start()
     with (
         ThreadPoolExecutor(len(slots)) as pool,
         tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", desc="runs", smoothing=0) as bar,
@@ -238,10 +243,28 @@ def execute_all(
                         failures.append(f"{run.name}: {error}")
                     bar.update()
                     left = {r.seed for r in [*waiting, *(r for r, _ in running.values())]}
-                    if on_seed and left and run.seed not in left:
-                        on_seed(left)
+                    if left and run.seed not in left:
+                        seeds_over.put(left)
         except BaseException:
             # An interrupt: the pool waits for its threads, and they for their programs.
             programs.end()
             raise
+    seeds_over.put(None)
+    reporter.join()
     return failures
+
+
+def _for_each(items: SimpleQueue[set[int] | None], call_with: Callable[[set[int]], None] | None) -> None:
+    """Calls a function with what comes, until None comes."""
+    while (item := items.get()) is not None:
+        if call_with is not None:
+            call_with(item)
+
+
+def _left_to_do(run: Run, settings: Settings) -> bool:
+    """Whether a run is not finished. What is kept of a training that was interrupted at its very end becomes whole."""
+    commands, cost = run.commands(settings), read_cost(run, settings)
+    if TRAIN + UNFINISHED in cost and TRAIN not in (words[0] for words in commands):
+        cost[TRAIN] = cost.pop(TRAIN + UNFINISHED)
+        write_whole(cost_file(run, settings), json.dumps(cost) + "\n")
+    return bool(commands)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from nnssl_stc3d.views.samplers import TransformRanges
 
 SCRATCH = "scratch"
@@ -95,11 +97,26 @@ class Method:
         Raises:
             ValueError: it has no such option, or not with such a value.
         """
-        trainer = getattr(importlib.import_module(f"nnssl_stc3d.trainers.{self.module}"), self.trainer)
         try:
-            return replace(trainer.config, **dict(self.changes))
+            return replace(self._trainer_class().config, **dict(self.changes))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.described()}: {error}") from None
+
+    def check_network(self, network: nn.Module, patch_size: Sequence[int]) -> None:
+        """Refuses a network that the method cannot pretrain, as its trainer would before its first step.
+
+        Raises:
+            ValueError: with the reason.
+        """
+        method_class = self._trainer_class().method_class
+        try:
+            method_class.check_network(network)
+            method_class.resolve(self.config(), network, patch_size)
+        except (ValueError, NotImplementedError) as error:
+            raise ValueError(f"{self.described()}: {error}") from error
+
+    def _trainer_class(self) -> Any:
+        return getattr(importlib.import_module(f"nnssl_stc3d.trainers.{self.module}"), self.trainer)
 
     @property
     def key(self) -> str:

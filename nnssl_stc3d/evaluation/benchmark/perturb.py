@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def write_perturbed(
         folder.mkdir(parents=True, exist_ok=True)
     for truth in sorted(source[1].glob(f"*{ending}")):
         name = truth.name[: -len(ending)]
-        files = sorted(source[0].glob(f"{name}_[0-9][0-9][0-9][0-9]{ending}"))
+        files = sorted(source[0].glob(f"{glob.escape(name)}_[0-9][0-9][0-9][0-9]{ending}"))
         # The label map is written last: with it the case is complete.
         if (target[1] / truth.name).is_file():
             continue

@@ -16,7 +16,7 @@ from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl_stc3d.data.raw_files import list_cases
+from nnssl_stc3d.data.raw_files import RawCase, list_cases
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import SCHEDULES, STOCK, Method, parse_schedule
 from nnssl_stc3d.evaluation.benchmark.same_images import find_same_images
@@ -27,6 +27,8 @@ TRAINERS_FILE = "benchmark_trainers.py"
 EPOCHS = 10
 VALIDATION_STEPS = 5
 CALIBRATION = "calibration"
+UNFINISHED = ", unfinished"
+"""Ending of the name of a command in a cost file that was interrupted or failed."""
 CALIBRATION_STEPS = 20
 
 
@@ -74,6 +76,31 @@ class Dataset:
                 f"-plans_name {self.plans['plans_name']} -c {self.configuration}"
             )
         return found
+
+    def raw_cases(self, names: Iterable[str]) -> tuple[str, dict[str, RawCase]]:
+        """Raw files of cases that are to be predicted.
+
+        Returns:
+            The ending of their files, and case -> its files, which exist.
+
+        Raises:
+            ValueError: files are missing.
+        """
+        if self.raw is None:
+            raise ValueError(f"the raw data of {self.name} are needed to predict its test cases")
+        description = json.loads((self.raw / "dataset.json").read_text(encoding="utf-8"))
+        ending, channels = description["file_ending"], len(description["channel_names"])
+        raw = {case.name: case for case in list_cases(self.raw, description)}
+        for name in names:
+            images = [file for file in raw[name].images if file.exists()] if name in raw else []
+            unlabelled = name in raw and not raw[name].label.exists()
+            if len(images) != channels or unlabelled:
+                raise ValueError(
+                    f"expected {channels} images of {name}, such as imagesTr/{name}_0000{ending}, and its label map in "
+                    f"{self.raw}, found {len(images)}{' and no label map' if unlabelled else ''}. Its raw data are "
+                    "needed to predict it: restore them, or leave the case out with --split."
+                )
+        return ending, raw
 
 
 @dataclass(frozen=True)
@@ -130,25 +157,16 @@ class Workspace:
         self._link_preprocessed(target, split.development)
         if pretraining is not None:
             self._link_preprocessed(pretraining, self._without_test_cases(pretraining, target, split))
-        if target.raw is None:
-            raise ValueError(f"the raw data of {target.name} are needed to predict its test cases")
-        description = json.loads((target.raw / "dataset.json").read_text(encoding="utf-8"))
-        ending, expected = description["file_ending"], len(description["channel_names"])
-        raw = {case.name: case for case in list_cases(target.raw, description)}
+        ending, raw = target.raw_cases([*split.test, *split.validation])
         for kind, names in (("test", split.test), ("validation", split.validation)):
             images, labels = self.cases(kind)
             for name in names:
-                found = raw[name].images if name in raw else ()
-                if len(found) != expected:
-                    raise ValueError(
-                        f"expected {expected} images of {name}, such as imagesTr/{name}_0000{ending}, in {target.raw}, "
-                        f"found {len(found)}. Its raw data are needed to predict it."
-                    )
+                found, label = raw[name].images, raw[name].label
                 for channel, file in enumerate(found):
                     _link_as(images / f"{name}_{channel:04d}{ending}", file)
-                _link_as(labels / f"{name}{ending}", raw[name].label)
+                _link_as(labels / f"{name}{ending}", label)
                 # Where nnU-Net looks for the spacing of a TIFF, which has none.
-                for folder, file, cut in ((images, found[0], f"_0000{ending}"), (labels, raw[name].label, ending)):
+                for folder, file, cut in ((images, found[0], f"_0000{ending}"), (labels, label, ending)):
                     spacing = file.with_name(f"{file.name[: -len(cut)]}.json")
                     if spacing.is_file():
                         _link_as(folder / f"{name}.json", spacing)
@@ -165,13 +183,21 @@ class Workspace:
         }
         file = self.root / "data.json"
         known = read_json(file, {})
+        # Most often, nothing is finished because there is no such device.
+        free = () if self._anything_is_finished() else ("device",)
         for key, value in data.items():
-            if known.get(key, value) != value:
+            if known.get(key, value) != value and key not in free:
                 raise ValueError(
                     f"expected the {key} {known[key]}, with which the benchmark in {self.root} was made, got {value}. "
                     "Choose another output folder."
                 )
         write_whole(file, json.dumps(data, indent=1) + "\n")
+
+    def _anything_is_finished(self) -> bool:
+        """Whether some command has ended as it should, or the seconds of a step are known."""
+        costs = (read_json(file, {}) for file in (self.root / "cost").glob("*.json"))
+        finished = any(not command.endswith(UNFINISHED) for cost in costs for command in cost)
+        return finished or (self.root / "seconds_per_step.json").is_file()
 
     def left_out(self) -> dict[str, str]:
         """Case of the pretraining dataset that shows a test case -> that test case."""

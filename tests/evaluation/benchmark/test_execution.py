@@ -16,9 +16,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nnssl_stc3d.evaluation import commands
 from nnssl_stc3d.evaluation.benchmark import energy, execution
 from nnssl_stc3d.evaluation.benchmark.execution import Programs, cost_file, execute, execute_all, read_cost
 from nnssl_stc3d.evaluation.benchmark.runs import Finetuning, PerturbedPrediction, Pretraining
+from nnssl_stc3d.evaluation.commands import end_programs
 
 
 @pytest.fixture
@@ -73,15 +75,29 @@ def test_it_tells_when_a_seed_is_over(calls, runs, settings):
     made, failing = calls
     broken = next(run for run in runs if isinstance(run, Finetuning) and run.seed == 0)
     failing.add(broken.name)
-    told = []
+    told, without = [], {run for run in runs if run == broken or run.after == broken}
 
     def on_seed(left):
-        without = {run for run in runs if run == broken or run.after == broken}
-        assert {run for run in runs if run.seed not in left} <= {run for run, _ in made} | without
-        told.append(left)
+        told.append((left, {run for run, _ in made} | without))
 
     execute_all(runs, settings, 1, 0, jobs=2, on_seed=on_seed)
-    assert told == [{1, 2, 3, 4}, {2, 3, 4}, {3, 4}, {4}], "and not when everything is over"
+    assert [left for left, _ in told] == [{1, 2, 3, 4}, {2, 3, 4}, {3, 4}, {4}], "and not when everything is over"
+    for left, over in told:
+        assert {run for run in runs if run.seed not in left} <= over
+
+
+def test_no_run_waits_for_a_report(calls, runs, settings):
+    made, _ = calls
+    reported = []
+
+    def on_seed(left):
+        until = time.monotonic() + 20
+        while len(made) < len(runs) and time.monotonic() < until:
+            time.sleep(0.01)
+        reported.append(len(made))
+
+    execute_all(runs, settings, 1, 0, jobs=1, on_seed=on_seed)
+    assert reported == [len(runs)] * 4, "it waits for the reports at its end"
 
 
 def test_an_interrupted_benchmark_ends_what_runs(monkeypatch, runs, settings, tmp_path):
@@ -192,6 +208,37 @@ def test_programs_are_ended_together_and_no_other_starts(tmp_path):
         programs.run(["true"], {}, tmp_path / "other.log")
 
 
+def test_a_second_interrupt_kills_what_does_not_end(tmp_path, monkeypatch):
+    """Programs that take their time to end, as a training that saves something."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    stubborn = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        for _ in range(2)
+    ]
+    wait = subprocess.Popen.wait
+
+    def interrupted(process, timeout=None):
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        raise KeyboardInterrupt
+
+    with stubborn[0].stdout, stubborn[1].stdout:
+        assert [process.stdout.readline() for process in stubborn] == ["on\n"] * 2
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            end_programs(stubborn)
+    assert all(process.poll() not in (None, 0) for process in stubborn)
+
+
+def test_programs_that_do_not_end_are_killed(monkeypatch):
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('on', flush=True); time.sleep(60)"
+    monkeypatch.setattr(commands, "SECONDS_TO_END", 0.2)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with process.stdout:
+        assert process.stdout.readline() == "on\n"
+        end_programs([process])
+    assert process.poll() == -signal.SIGKILL
+
+
 def test_an_interrupted_finetuning_continues_where_it_can(settings, runs):
     run = next(r for r in runs if isinstance(r, Finetuning) and r.method == "stc3d")
     fold = settings.workspace.fold(settings.target, settings.split, run.labels, run.seed)
@@ -249,6 +296,21 @@ def test_the_cost_of_a_continued_training_is_added(monkeypatch, settings, runs):
     assert last == {"nnUNetv2_train": {"seconds": 90.0, "joules": None}}
     # A report on other cases finds what the same training took.
     assert read_cost(run, replace(settings, cases="validation")) == last
+
+
+def test_a_training_that_was_interrupted_after_its_last_checkpoint_is_paid_for(monkeypatch, settings, runs):
+    kept = {"nnUNetv2_train, unfinished": {"seconds": 30.0, "joules": None}}
+    monkeypatch.setattr(execution, "execute", lambda *_: None)
+    pretraining, finetuning = (next(r for r in runs if isinstance(r, kind)) for kind in (Pretraining, Finetuning))
+    left = {Pretraining: [], Finetuning: [["nnUNetv2_predict"]]}
+    for run in (pretraining, finetuning):
+        cost_file(run, settings).parent.mkdir(parents=True, exist_ok=True)
+        for words in ([["nnUNetv2_train", "--c"]], left[type(run)]):
+            cost_file(run, settings).write_text(json.dumps(kept))
+            monkeypatch.setattr(type(run), "commands", lambda self, settings, words=words: words)
+            execute_all([run], settings, 1, 0, jobs=1)
+            name = "nnUNetv2_train" + (", unfinished" if words == [["nnUNetv2_train", "--c"]] else "")
+            assert read_cost(run, settings) == {name: {"seconds": 30.0, "joules": None}}
 
 
 class FakeError(Exception):

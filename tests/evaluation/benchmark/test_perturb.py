@@ -93,21 +93,22 @@ def test_a_lower_resolution_keeps_a_ramp_and_takes_fine_detail(case):
     assert sitk.GetArrayFromImage(coarse)[4:-4, 4:-4, 4:-4].std() < 10
 
 
-def test_files_of_a_folder(tmp_path, case):
+@pytest.mark.parametrize("name", ["x", "x [1]", "a?*"])
+def test_files_of_a_folder(tmp_path, case, name):
     source, target = ((tmp_path / side / "images", tmp_path / side / "labels") for side in ("a", "b"))
     for folder in source:
         folder.mkdir(parents=True)
     for channel in (0, 1):
-        sitk.WriteImage(case[0], str(source[0] / f"x_{channel:04d}.nii.gz"))
-    sitk.WriteImage(case[1], str(source[1] / "x.nii.gz"))
+        sitk.WriteImage(case[0], str(source[0] / f"{name}_{channel:04d}.nii.gz"))
+    sitk.WriteImage(case[1], str(source[1] / f"{name}.nii.gz"))
     write_perturbed(source, target, ".nii.gz", "noise", "low")
-    assert sorted(f.name for f in target[0].iterdir()) == ["x_0000.nii.gz", "x_0001.nii.gz"]
-    assert [f.name for f in target[1].iterdir()] == ["x.nii.gz"]
+    assert sorted(f.name for f in target[0].iterdir()) == [f"{name}_0000.nii.gz", f"{name}_0001.nii.gz"]
+    assert [f.name for f in target[1].iterdir()] == [f"{name}.nii.gz"]
     first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in sorted(target[0].iterdir()))
     assert not np.array_equal(first, second)
-    (target[0] / "x_0000.nii.gz").unlink()
+    (target[0] / f"{name}_0000.nii.gz").unlink()
     write_perturbed(source, target, ".nii.gz", "noise", "low")
-    assert not (target[0] / "x_0000.nii.gz").exists(), "what is complete is not written again"
+    assert not (target[0] / f"{name}_0000.nii.gz").exists(), "what is complete is not written again"
 
 
 def test_kinds():

@@ -17,7 +17,7 @@ import pytest
 from nnssl_stc3d.evaluation.benchmark import seeded
 from nnssl_stc3d.evaluation.benchmark.design import draw_split
 from nnssl_stc3d.evaluation.benchmark.methods import find_methods
-from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, environment
+from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, environment, write_whole
 
 CASES = [f"case{i}" for i in range(8)]
 NAME = "Dataset004_Made"
@@ -214,10 +214,33 @@ def test_a_folder_keeps_its_data(dataset, split, tmp_path):
         workspace.link_datasets(replace(dataset, configuration="3d_lowres"), split, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "bound"),
+    [
+        ("cost/scratch.json", {"nnUNetv2_train, unfinished": {"seconds": 1.0}}, False),
+        ("cost/scratch.json", {"nnUNetv2_train": {"seconds": 1.0}}, True),
+        ("seconds_per_step.json", {"stc3d": 1.0}, True),
+    ],
+)
+def test_another_device_where_nothing_has_finished(dataset, split, tmp_path, file, content, bound):
+    workspace = Workspace(tmp_path / "b")
+    workspace.link_datasets(dataset, split, "cuda")
+    write_whole(workspace.root / file, json.dumps(content))
+    if not bound:
+        return workspace.link_datasets(dataset, split, "cpu")
+    with pytest.raises(ValueError, match="expected the device cuda.* got cpu"):
+        workspace.link_datasets(dataset, split, "cpu")
+
+
 def test_files_that_are_missing(dataset, split, tmp_path):
+    (dataset.raw / "labelsTr" / f"{split.test[1]}.nii.gz").unlink()
+    with pytest.raises(
+        ValueError, match=f"2 images of {split.test[1]}, .* and its label map .*, found 2 and no label map"
+    ):
+        dataset.raw_cases(split.test)
     for number, left in ((0, 1), (1, 0)):
         (dataset.raw / "imagesTr" / f"{split.test[0]}_{number:04d}.nii.gz").unlink()
-        with pytest.raises(ValueError, match=f"expected 2 images of {split.test[0]}, such as .*, found {left}"):
+        with pytest.raises(ValueError, match=f"expected 2 images of {split.test[0]}, such as .*, found {left}[.]"):
             Workspace(tmp_path / "b").link_datasets(dataset, split, "cpu")
     for file in dataset.data.iterdir():
         file.unlink()
