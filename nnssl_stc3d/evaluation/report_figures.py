@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -62,6 +63,10 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
     """Renders a figure."""
+    # Names of cases and structures are no formulas. Labels of ticks, which may be, have no text before it is drawn.
+    for text in figure.findobj(Text):
+        if "$" in text.get_text():
+            text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
@@ -203,7 +208,7 @@ def overlays(cases: Sequence[Overlay], labels: Mapping[str, int], is_ct: bool) -
                     interpolation="nearest",
                     aspect=spacing[1] / spacing[2],
                 )
-            axis.set_title(title if axis is not row[0] else f"{case.name}, slice {index}", fontsize=9, parse_math=False)
+            axis.set_title(title if axis is not row[0] else f"{case.name}, slice {index}", fontsize=9)
     patches = [Patch(color=colours(value - 1), label=name.replace("_", " ")) for name, value in labels.items()]
     figure.legend(
         handles=patches, loc="outside lower center", ncols=min(6, max(1, len(patches))), fontsize=8, frameon=False

@@ -184,7 +184,7 @@ def execute_all(
     workers: int,
     jobs: int,
     gpus: Sequence[str] = (),
-    on_seed: Callable[[set[int]], None] | None = None,
+    on_seed: Callable[[set[int]], None] = lambda left: None,
 ) -> list[str]:
     """Executes runs under one progress line with the time left; a failure stops only what starts from it.
 
@@ -254,11 +254,10 @@ def execute_all(
     return failures
 
 
-def _for_each(items: SimpleQueue[set[int] | None], call_with: Callable[[set[int]], None] | None) -> None:
+def _for_each(items: SimpleQueue[set[int] | None], call: Callable[[set[int]], None]) -> None:
     """Calls a function with what comes, until None comes."""
     while (item := items.get()) is not None:
-        if call_with is not None:
-            call_with(item)
+        call(item)
 
 
 def _left_to_do(run: Run, settings: Settings) -> bool:
