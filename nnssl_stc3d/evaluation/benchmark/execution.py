@@ -254,10 +254,10 @@ def execute_all(
     return failures
 
 
-def _for_each(items: SimpleQueue[set[int] | None], call: Callable[[set[int]], None]) -> None:
+def _for_each(items: SimpleQueue[set[int] | None], function: Callable[[set[int]], None]) -> None:
     """Calls a function with what comes, until None comes."""
     while (item := items.get()) is not None:
-        call(item)
+        function(item)
 
 
 def _left_to_do(run: Run, settings: Settings) -> bool:
