@@ -134,12 +134,14 @@ def _sides(
 def _kept_folds(labels: CaseLabels, cases: list[str], kept: Path) -> dict[str, int]:
     """The stratified folds that were drawn before, or new ones; patients that came later join the smallest fold."""
     before: dict[str, int] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    folds = dict(before) or _stratified_folds(labels, cases)
+    folds = before.copy() or _stratified_folds(labels, cases)
     patients = {labels.patients[case]: fold for case, fold in folds.items() if case in labels.patients}
-    for case in (case for case in cases if case not in folds):
+    for case in cases:
+        if case in folds:
+            continue
         alike = Counter(fold for other, fold in folds.items() if labels.labels.get(other) == labels.labels[case])
-        all_ = Counter(folds.values())
-        smallest = min(range(N_FOLDS), key=lambda fold: (alike[fold], all_[fold]))
+        sizes = Counter(folds.values())
+        smallest = min(range(N_FOLDS), key=lambda fold: (alike[fold], sizes[fold]))
         folds[case] = patients.setdefault(labels.patients[case], smallest)
     if folds != before:
         with written_whole(kept, shared=True) as beside:

@@ -33,17 +33,14 @@ from nnssl_stc3d.evaluation.benchmark.plan import describe_plan
 from nnssl_stc3d.evaluation.benchmark.report import write_report
 from nnssl_stc3d.evaluation.benchmark.runs import Settings, plan_runs
 from nnssl_stc3d.evaluation.benchmark.tables import markdown
-from nnssl_stc3d.evaluation.benchmark.workspace import (
+from nnssl_stc3d.evaluation.benchmark.trainer_source import (
     CALIBRATION,
     CALIBRATION_STEPS,
     EPOCHS,
-    Dataset,
-    Workspace,
     finetuning_trainer,
-    read_json,
     trainers_source,
-    write_whole,
 )
+from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, read_json, write_whole
 from nnssl_stc3d.evaluation.training_log import read_epoch_seconds
 from nnssl_stc3d.evaluation.voxel_embeddings import build_network
 from nnssl_stc3d.training.preflight import check_configuration
@@ -112,6 +109,7 @@ def benchmark(options: Options) -> int:
     plan = partial(
         plan_runs, scratch, schedules=options.schedules, labels=labels, seeds=range(options.seeds), perturbed=perturbed
     )
+    # Refuses missing files before the split is kept, so that one without these cases can still be taken.
     target.raw_cases([*drawn.test, *drawn.validation])
     workspace = Workspace(options.output)
     settings = Settings(
@@ -139,8 +137,7 @@ def benchmark(options: Options) -> int:
             write_perturbed(workspace.cases(cases), copies, workspace.ending(target), perturbation, level)
         steps = _steps(methods, options, settings, budget)
         lengths = _longer_lengths(options, budget, _known_seconds(options.output)) if longer else None
-        source = trainers_source(steps, options.finetuning_steps, options.schedules, longer=lengths)
-        workspace.write_trainers(source)
+        workspace.write_trainers(trainers_source(steps, options.finetuning_steps, options.schedules, longer=lengths))
         runs = plan(steps=steps, longer=lengths)
         folder = options.output / "report" / "-".join(filter(None, (cases, options.ablation)))
         tolerance = options.tolerance if surface_dice.is_available() else 0.0

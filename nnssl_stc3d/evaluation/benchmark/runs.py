@@ -10,7 +10,8 @@ from zipfile import is_zipfile
 
 from nnssl_stc3d.evaluation.benchmark.design import Split
 from nnssl_stc3d.evaluation.benchmark.methods import LONGER, SCRATCH, Method
-from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace, finetuning_trainer
+from nnssl_stc3d.evaluation.benchmark.trainer_source import finetuning_trainer
+from nnssl_stc3d.evaluation.benchmark.workspace import Dataset, Workspace
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nnssl_stc3d.evaluation.benchmark.methods import (
     parse_schedule,
     with_options,
 )
-from nnssl_stc3d.evaluation.benchmark.workspace import finetuning_trainer, trainers_source
+from nnssl_stc3d.evaluation.benchmark.trainer_source import finetuning_trainer, trainers_source
 from nnssl_stc3d.methods.stc3d import STC3DConfig
 from nnssl_stc3d.views.samplers import TransformRanges
 
